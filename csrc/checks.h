@@ -1,0 +1,191 @@
+// Every argument check, and the one place where tensors become kernel parameters.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+
+#include "params.h"
+
+namespace dat {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Lattice coordinates are float32: beyond this size they would no longer be exact.
+constexpr int64_t kMaxSize = int64_t(1) << 24;
+
+inline std::string shape_string(const Tensor& t) {
+  std::ostringstream s;
+  s << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
+  s << "]";
+  return s.str();
+}
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+inline void check_dims(const Tensor& t, const char* name, int64_t dims, const char* shape) {
+  STD_TORCH_CHECK(t.dim() == dims, name, " must have shape ", shape, ", got ", shape_string(t));
+}
+
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes,
+                        const char* symbols) {
+  bool same = t.dim() == int64_t(sizes.size());
+  std::ostringstream wanted;
+  int64_t dim = 0;
+  for (const int64_t size : sizes) {
+    same = same && t.size(dim) == size;
+    wanted << (dim++ ? ", " : "[") << size;
+  }
+  STD_TORCH_CHECK(same, name, " must have shape ", symbols, " = ", wanted.str(), "], got ",
+                  shape_string(t));
+}
+
+inline void check_same_kind(const Tensor& t, const char* name, const Tensor& like,
+                            const char* like_name) {
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of ",
+                  like_name, ", ", dtype_name(like.scalar_type()), ", got ",
+                  dtype_name(t.scalar_type()));
+  STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the device of ", like_name);
+}
+
+// For coordinates, tables and other things that are computed with, not stored as features.
+inline void check_accumulation(const Tensor& t, const char* name, const Tensor& like,
+                               const char* like_name) {
+  const ScalarType wanted =
+      like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(t.scalar_type() == wanted, name, " must be ", dtype_name(wanted), " for ",
+                  dtype_name(like.scalar_type()), " ", like_name, ", got ",
+                  dtype_name(t.scalar_type()));
+  STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the device of ", like_name);
+}
+
+inline DType feature_dtype(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, float16 or bfloat16, got ",
+                      dtype_name(t.scalar_type()));
+  }
+}
+
+inline Version parse_version(const std::string& version) {
+  if (version == "dat") return Version::dat;
+  STD_TORCH_CHECK(version == "dat++", "version must be 'dat' or 'dat++', got '", version, "'");
+  return Version::datpp;
+}
+
+inline void check_size(int64_t size, const char* name) {
+  STD_TORCH_CHECK(size >= 1 && size <= kMaxSize, name, " must be between 1 and ", kMaxSize,
+                  ", got ", size);
+}
+
+inline MapView map_view(const Tensor& t) {
+  const bool flat = t.dim() == 3;
+  return {t.data_ptr(), t.stride(0), t.stride(1), flat ? 0 : t.stride(2), t.stride(flat ? 2 : 3)};
+}
+
+inline const void* data_or_null(const OptionalTensor& t) {
+  return t ? t->data_ptr() : nullptr;
+}
+
+inline SampleShape check_sample(const Tensor& x, const Tensor& offset, int64_t groups,
+                                double factor, const std::string& version) {
+  check_dims(x, "x", 4, "[B, C, H, W]");
+  check_dims(offset, "offset", 4, "[B * G, 2, Hk, Wk]");
+  STD_TORCH_CHECK(groups >= 1 && x.size(1) % groups == 0, "groups must divide the ", x.size(1),
+                  " channels of x, got ", groups);
+  check_shape(offset, "offset", {x.size(0) * groups, 2, offset.size(2), offset.size(3)},
+              "[B * G, 2, Hk, Wk]");
+  check_accumulation(offset, "offset", x, "x");
+  check_size(x.size(2), "H"), check_size(x.size(3), "W");
+  check_size(offset.size(2), "Hk"), check_size(offset.size(3), "Wk");
+  STD_TORCH_CHECK(factor == factor, "offset_range_factor must be a number, got NaN");
+  return {x.size(0),      groups,         x.size(1), x.size(2),
+          x.size(3),      offset.size(2), offset.size(3), factor,
+          parse_version(version), feature_dtype(x, "x")};
+}
+
+inline void check_table(const Tensor& q, const Tensor& pos, const Tensor& table, int64_t heads,
+                        int64_t keys) {
+  check_dims(pos, "pos", 4, "[B, G, N, 2]");
+  check_shape(pos, "pos", {q.size(0), pos.size(1), keys, 2}, "[B, G, N, 2]");
+  check_accumulation(pos, "pos", q, "q");
+  STD_TORCH_CHECK(pos.size(1) >= 1 && heads % pos.size(1) == 0, "pos has ", pos.size(1),
+                  " groups, which must divide the ", heads, " heads");
+  check_dims(table, "rpe_table", 3, "[heads, Th, Tw]");
+  check_shape(table, "rpe_table", {heads, table.size(1), table.size(2)}, "[heads, Th, Tw]");
+  check_accumulation(table, "rpe_table", q, "q");
+  check_size(table.size(1), "Th of rpe_table"), check_size(table.size(2), "Tw of rpe_table");
+}
+
+// `pos` and `rpe_table` must be contiguous by now (ops.cpp sees to it: they are small).
+inline AttentionInputs check_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const OptionalTensor& pos, const OptionalTensor& table,
+                                       const OptionalTensor& bias, const OptionalTensor& seed,
+                                       int64_t heads, double scale, double dropout_p,
+                                       const std::string& version) {
+  check_dims(q, "q", 4, "[B, C, H, W]");
+  check_dims(k, "k", 3, "[B, C, N]");
+  STD_TORCH_CHECK(heads >= 1 && q.size(1) >= heads && q.size(1) % heads == 0,
+                  "heads must divide the ", q.size(1), " channels of q, got ", heads);
+  check_shape(k, "k", {q.size(0), q.size(1), k.size(2)}, "[B, C, N]");
+  check_shape(v, "v", {q.size(0), q.size(1), k.size(2)}, "[B, C, N]");
+  check_same_kind(k, "k", q, "q"), check_same_kind(v, "v", q, "q");
+  check_size(q.size(2), "H"), check_size(q.size(3), "W"), check_size(k.size(2), "N");
+  STD_TORCH_CHECK(pos || !table, "rpe_table needs pos, the keys' positions, got None");
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1], got ", dropout_p);
+  STD_TORCH_CHECK(dropout_p == 0 || seed, "dropout needs a seed");
+
+  AttentionInputs in{};
+  in.shape = {q.size(0), heads, 1, q.size(2), q.size(3), k.size(2), q.size(1) / heads, 0, 0,
+              scale, dropout_p, parse_version(version), feature_dtype(q, "q")};
+  in.q = map_view(q), in.k = map_view(k), in.v = map_view(v);
+  if (table) {
+    check_table(q, *pos, *table, heads, k.size(2));
+    in.shape.groups = pos->size(1);
+    in.shape.table_h = table->size(1), in.shape.table_w = table->size(2);
+    in.pos = pos->data_ptr(), in.table = table->data_ptr();
+  }
+  if (bias) {
+    check_dims(*bias, "bias", 4, "[B, heads, H * W, N] after broadcasting");
+    check_same_kind(*bias, "bias", q, "q");
+    const int64_t full[4] = {q.size(0), heads, q.size(2) * q.size(3), k.size(2)};
+    int64_t stride[4];
+    for (int i = 0; i < 4; ++i) {
+      STD_TORCH_CHECK(bias->size(i) == full[i] || bias->size(i) == 1,
+                      "bias must be broadcastable to [B, heads, H * W, N] = [", full[0], ", ",
+                      full[1], ", ", full[2], ", ", full[3], "], got ", shape_string(*bias));
+      stride[i] = bias->size(i) == 1 ? 0 : bias->stride(i);
+    }
+    in.bias = {bias->data_ptr(), stride[0], stride[1], stride[2], stride[3]};
+  }
+  if (seed) {
+    check_shape(*seed, "seed", {1}, "[1]");
+    STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, "seed must be int64, got ",
+                    dtype_name(seed->scalar_type()));
+    STD_TORCH_CHECK(seed->device() == q.device(), "seed must be on the device of q");
+    in.seed = static_cast<const int64_t*>(seed->data_ptr());
+  }
+  return in;
+}
+
+}  // namespace dat

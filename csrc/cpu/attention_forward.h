@@ -1,0 +1,177 @@
+// deform_attention, forward: softmax(scale * q.k + bias) . v without a score in memory.
+//
+// A thread takes query tiles (tile.h) of one head from a common counter. For each tile it walks over
+// the keys, kKeyTile at a time: bias, plus q.k, exponentials under a running maximum, times v. All
+// buffers together stay in its L2 cache, most of them in L1; keys, values and the head's table are
+// copied there when the head changes.
+#pragma once
+
+#include <atomic>
+
+#include "bias.h"
+
+namespace dat::cpu::DAT_SIMD {
+
+// What the forward and the backward share: the operands of one head, as the products want them.
+template <class S>
+struct HeadOperands {
+  using T = acc_t<S>;
+
+  T *k, *v;             // [key tile][channel][kKeyTile]
+  PaddedTable<T> table;  // in units of 1 / log2(e)
+  const T* pos = nullptr;  // [N, 2]
+
+  HeadOperands(Arena& arena, const AttentionShape& shape)
+      : k(arena.take<T>(ceil_div(shape.keys, kKeyTile) * kKeyTile * shape.head_dim)),
+        v(arena.take<T>(ceil_div(shape.keys, kKeyTile) * kKeyTile * shape.head_dim)),
+        table(arena, shape) {}
+
+  void read(const AttentionInputs& in, int64_t b, int64_t h, bool table_too) {
+    const AttentionShape& shape = in.shape;
+    const int d = int(shape.head_dim);
+    read_keys(head_data<const S>(in.k, b, h * d), in.k, shape.keys, d, k);
+    read_keys(head_data<const S>(in.v, b, h * d), in.v, shape.keys, d, v);
+    if (!in.table) return;
+    const int64_t group = h / (shape.heads / shape.groups);
+    pos = static_cast<const T*>(in.pos) + (b * shape.groups + group) * shape.keys * 2;
+    if (table_too)
+      table.read(static_cast<const T*>(in.table) + h * shape.table_h * shape.table_w, T(kLog2e));
+  }
+};
+
+// s[n][m] = (scale * q.k + bias) * log2(e), for `keys` keys from `first` on. `q` carries the factor.
+template <class S, class T = acc_t<S>>
+void scores(const AttentionInputs& in, const HeadOperands<S>& head, int64_t b, int64_t h,
+            const Tile& tile, int64_t first, int keys, const T* q, T* rows, T* s) {
+  const int d = int(in.shape.head_dim), vectors = int(ceil_div(tile.queries(), kLanes<T>));
+  if (in.table)
+    for (int n = 0; n < keys; ++n) {
+      const T* pos = head.pos + 2 * (first + n);
+      table_bias(head.table, tile, pos[0], pos[1], rows, s + n * kLd<T>);
+    }
+  if (in.bias.data) {
+    const S* bias = static_cast<const S*>(in.bias.data) + b * in.bias.batch + h * in.bias.head;
+    dense_bias<S>(in.table, bias, in.bias, tile, in.shape.width, first, keys, T(kLog2e), s);
+  }
+  multiply_keys(in.table || in.bias.data, keys, vectors, d, head.k + first * d, q, s);
+}
+
+template <class S>
+struct ForwardWork {
+  using T = acc_t<S>;
+
+  HeadOperands<S> head;
+  T *q, *s, *o;              // tile buffers of channels, keys, channels
+  T *maximum, *sum;          // [query], of the scores and of the exponentials
+  T *rows, *factor;          // bias scratch; dropout factors
+
+  ForwardWork(Arena& arena, const AttentionShape& shape)
+      : head(arena, shape),
+        q(arena.take<T>(shape.head_dim * kLd<T>)),
+        s(arena.take<T>((kKeyTile + 1) * kLd<T>)),
+        o(arena.take<T>(shape.head_dim * kLd<T>)),
+        maximum(arena.take<T>(kLd<T>)),
+        sum(arena.take<T>(kLd<T>)),
+        rows(arena.take<T>(kSlotBuffer<T>)),
+        factor(arena.take<T>(shape.dropout_p > 0 ? kKeyTile * kLd<T> : 0)) {}
+};
+
+// Replaces scores by exponentials under the maximum so far; where that grows, the sum and the
+// output so far shrink. A row that met only -inf keeps weights of 0, hence NaN at the end.
+template <class T, int X>
+DAT_INLINE void exponentials(int keys, int channels, T* s, T* o, T* maximum_so_far, T* sum_so_far) {
+  constexpr int L = kLanes<T>;
+  Vec<T> old[X], top[X], sum[X];
+  for (int x = 0; x < X; ++x) old[x] = top[x] = load(maximum_so_far + x * L);
+  for (int n = 0; n < keys; ++n)
+    for (int x = 0; x < X; ++x) top[x] = maximum(top[x], load(s + n * kLd<T> + x * L));
+  for (int x = 0; x < X; ++x) {
+    store(maximum_so_far + x * L, top[x]);
+    const Vec<T> shift = top[x] == -splat(T(INFINITY)) ? Vec<T>{} : top[x];
+    const Vec<T> shrink = exp2<T>(old[x] - shift);
+    sum[x] = load(sum_so_far + x * L) * shrink;
+    top[x] = shift;
+    old[x] = shrink;
+  }
+  for (int n = 0; n < keys; ++n)
+    for (int x = 0; x < X; ++x) {
+      T* at = s + n * kLd<T> + x * L;
+      const Vec<T> p = exp2<T>(load(at) - top[x]);
+      sum[x] += p;
+      store(at, p);
+    }
+  for (int x = 0; x < X; ++x) store(sum_so_far + x * L, sum[x]);
+  for (int c = 0; c < channels; ++c)
+    for (int x = 0; x < X; ++x) {
+      T* at = o + c * kLd<T> + x * L;
+      store(at, load(at) * old[x]);
+    }
+}
+
+template <class T>
+__attribute__((noinline)) void softmax_step(int keys, int vectors, int channels, T* s, T* o,
+                                            T* maximum, T* sum) {
+  constexpr int X = 4, L = kLanes<T>;
+  int x = 0;
+  for (; x + X <= vectors; x += X)
+    exponentials<T, X>(keys, channels, s + x * L, o + x * L, maximum + x * L, sum + x * L);
+  for (; x < vectors; ++x)
+    exponentials<T, 1>(keys, channels, s + x * L, o + x * L, maximum + x * L, sum + x * L);
+}
+
+template <class S>
+void forward_tile(const AttentionForward& p, int64_t b, int64_t h, const Tile& tile,
+                  const ForwardWork<S>& work) {
+  using T = acc_t<S>;
+  const AttentionShape& shape = p.in.shape;
+  const int d = int(shape.head_dim), vectors = int(ceil_div(tile.queries(), kLanes<T>));
+  read_tile(head_data<const S>(p.in.q, b, h * d), p.in.q, tile, d, T(shape.scale * kLog2e), work.q);
+  std::fill_n(work.o, d * kLd<T>, T(0));
+  std::fill_n(work.maximum, kLd<T>, -T(INFINITY));
+  std::fill_n(work.sum, kLd<T>, T(0));
+  for (int64_t first = 0; first < shape.keys; first += kKeyTile) {
+    const int keys = int(std::min<int64_t>(kKeyTile, shape.keys - first));
+    scores<S>(p.in, work.head, b, h, tile, first, keys, work.q, work.rows, work.s);
+    softmax_step(keys, vectors, first ? d : 0, work.s, work.o, work.maximum, work.sum);
+    if (shape.dropout_p > 0) {
+      dropout_factors(uint64_t(*p.in.seed), shape.dropout_p, b * shape.heads + h, tile, shape.width,
+                      first, keys, work.factor);
+      for (int64_t i = 0; i < keys * kLd<T>; ++i) work.s[i] *= work.factor[i];
+    }
+    multiply_values(keys, vectors, d, work.head.v + first * d, work.s, work.o);
+  }
+  const int queries = tile.queries();
+  for (int m = 0; m < queries; ++m) {
+    const T total = work.sum[m];
+    work.sum[m] = 1 / total;
+    work.maximum[m] = work.maximum[m] * T(kLn2) + std::log(total);
+  }
+  const MapView out = contiguous_map(p.out, shape.heads * d, shape.height, shape.width);
+  write_tile(work.o, work.sum, tile, d, head_data<S>(out, b, h * d), out);
+  const MapView lse = contiguous_map(p.lse, shape.heads, shape.height, shape.width);
+  std::fill_n(work.sum, queries, T(1));
+  write_tile(work.maximum, work.sum, tile, 1, head_data<T>(lse, b, h), lse);
+}
+
+template <class S>
+void attention_forward(const AttentionForward& p, const Threads& threads) {
+  const AttentionShape& shape = p.in.shape;
+  const TileGrid grid = choose_tiles<acc_t<S>>(shape);
+  const int64_t tiles = grid.count(), total = shape.batch * shape.heads * tiles;
+  const int64_t step = std::max<int64_t>(1, std::min(tiles, total / (threads.count * 8)));
+  std::atomic<int64_t> next{0};
+  parallel(threads, threads.count, [&](int) {
+    auto work = make_workspace<ForwardWork<S>>(shape);
+    int64_t last_pair = -1, last_head = -1;
+    for (int64_t begin; (begin = next.fetch_add(step)) < total;)
+      for (int64_t i = begin; i < std::min(total, begin + step); ++i) {
+        // Images innermost but for tiles, so that a head's table is read once.
+        const int64_t pair = i / tiles, h = pair / shape.batch, b = pair % shape.batch;
+        if (pair != last_pair) work.head.read(p.in, b, h, h != last_head);
+        last_pair = pair, last_head = h;
+        forward_tile(p, b, h, grid.tile(i % tiles), work);
+      }
+  });
+}
+
+}  // namespace dat::cpu::DAT_SIMD

@@ -1,0 +1,184 @@
+// Tiles: which queries are worked on at a time, and how they come into cache and leave it.
+//
+// A tile is a rectangle of the query lattice, its queries numbered row by row without gaps, so that
+// products run over full vectors whatever the map's width. Tile buffers are [channel or key][query]
+// with the fixed stride kLd; lanes past the last query hold finite leftovers that nothing reads.
+#pragma once
+
+#include <algorithm>
+
+#include "../math/convert.h"
+#include "../params.h"
+#include "gemm.h"
+#include "kernels.h"
+
+namespace dat::cpu::DAT_SIMD {
+
+constexpr int kMaxQueries = 256;  // of a tile
+constexpr int kMaxRows = 32;      // of a tile
+constexpr int kKeyTile = 64;      // keys worked on at a time
+// An odd number of cache lines, so that the rows of a tile buffer spread over the cache's sets.
+template <class T>
+constexpr int kLd = kMaxQueries + kLanes<T>;
+
+DAT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class T>
+DAT_INLINE int64_t round_up(int64_t n) {
+  return ceil_div(n, kLanes<T>) * kLanes<T>;
+}
+
+struct Tile {
+  int64_t row, column;
+  int rows, columns;
+
+  int queries() const { return rows * columns; }
+};
+
+struct TileGrid {
+  int64_t height, width;
+  int64_t down, across;  // number of tiles
+
+  int64_t count() const { return down * across; }
+  Tile tile(int64_t index) const {
+    const int64_t y = index / across, x = index % across;
+    const int64_t y0 = height * y / down, x0 = width * x / across;
+    return {y0, x0, int(height * (y + 1) / down - y0), int(width * (x + 1) / across - x0)};
+  }
+};
+
+// The cut with the least work, estimated in vector instructions for one key: products and softmax
+// over all lanes, the bias by rows, and what each tile and key cost whatever the tile's size.
+template <class T>
+TileGrid choose_tiles(const AttentionShape& shape) {
+  TileGrid best{shape.height, shape.width, shape.height, shape.width};
+  double best_cost = 1e300;
+  for (int64_t across = ceil_div(shape.width, kMaxQueries); across <= shape.width; ++across) {
+    const int64_t columns = ceil_div(shape.width, across);
+    if (columns < 16 && across > 1) break;
+    for (int64_t down = ceil_div(shape.height, kMaxRows); down <= shape.height; ++down) {
+      const int64_t rows = ceil_div(shape.height, down), queries = rows * columns;
+      if (queries > kMaxQueries) continue;
+      const double lanes = double(ceil_div(queries, kLanes<T>)) * (2.0 * double(shape.head_dim) + 20);
+      const double bias = double(ceil_div(columns, kLanes<T>)) * double(11 * rows + 6) + 6.0 * double(rows);
+      const double cost = double(down * across) * (lanes + (shape.table_h ? bias : 0.0) + 40);
+      if (cost < best_cost) best_cost = cost, best.down = down, best.across = across;
+    }
+  }
+  return best;
+}
+
+// Hands out pieces of one block of memory; a first pass over a null block counts the bytes.
+class Arena {
+ public:
+  explicit Arena(void* memory) : base_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// The calling thread's workspace W, a struct of pointers laid out by W(Arena&, arguments).
+template <class W, class... Arguments>
+W make_workspace(const Arguments&... arguments) {
+  Arena count(nullptr);
+  W(count, arguments...);
+  Arena real(thread_scratch(count.used()));
+  return W(real, arguments...);
+}
+
+// First element of one head in one image.
+template <class S>
+S* head_data(const MapView& map, int64_t batch, int64_t channel) {
+  return static_cast<S*>(map.data) + batch * map.batch + channel * map.channel;
+}
+
+// MapView of a contiguous [B, C, H, W].
+inline MapView contiguous_map(void* data, int64_t channels, int64_t height, int64_t width) {
+  return {data, channels * height * width, height * width, width, 1};
+}
+
+// Calls f(pointer into the map, query number, count) for each run of queries that are neighbours
+// in memory along the map's columns: whole tiles where rows follow each other, else rows.
+template <class S, class F>
+DAT_INLINE void for_each_run(S* channel, const MapView& map, const Tile& tile, const F& f) {
+  S* first = channel + tile.row * map.row + tile.column * map.column;
+  const bool joined = map.row == tile.columns * map.column;
+  const int runs = joined ? 1 : tile.rows, count = joined ? tile.queries() : tile.columns;
+  for (int run = 0; run < runs; ++run) f(first + run * map.row, run * count, count);
+}
+
+template <class S, class T>
+DAT_INLINE void read_run(const S* from, int64_t stride, int count, T scale, T* to) {
+  if (stride == 1)
+    for (int i = 0; i < count; ++i) to[i] = T(to_acc(from[i])) * scale;
+  else
+    for (int i = 0; i < count; ++i) to[i] = T(to_acc(from[i * stride])) * scale;
+}
+
+// tile_buffer[c][query] = scale * map[c, query]; lanes past the last query are 0.
+template <class S, class T>
+__attribute__((noinline)) void read_tile(const S* head, const MapView& map, const Tile& tile,
+                                         int channels, T scale, T* to) {
+  const int queries = tile.queries(), padded = int(round_up<T>(queries));
+  for (int c = 0; c < channels; ++c, to += kLd<T>) {
+    for_each_run(head + c * map.channel, map, tile, [&](const S* from, int query, int count) {
+      read_run(from, map.column, count, scale, to + query);
+    });
+    for (int i = queries; i < padded; ++i) to[i] = 0;
+  }
+}
+
+// map[c, query] = tile_buffer[c][query] * scale[query].
+template <class S, class T>
+__attribute__((noinline)) void write_tile(const T* from, const T* scale, const Tile& tile,
+                                          int channels, S* head, const MapView& map) {
+  for (int c = 0; c < channels; ++c, from += kLd<T>)
+    for_each_run(head + c * map.channel, map, tile, [&](S* to, int query, int count) {
+      for (int i = 0; i < count; ++i) to[i] = from_acc<S>(from[query + i] * scale[query + i]);
+    });
+}
+
+// Keys or values of one head as [key tile][channel][kKeyTile], zero past the last key.
+template <class S, class T>
+__attribute__((noinline)) void read_keys(const S* head, const MapView& map, int64_t keys,
+                                         int channels, T* to) {
+  for (int64_t first = 0; first < keys; first += kKeyTile) {
+    const int count = int(std::min<int64_t>(kKeyTile, keys - first));
+    for (int c = 0; c < channels; ++c, to += kKeyTile) {
+      read_run(head + c * map.channel + first * map.column, map.column, count, T(1), to);
+      for (int i = count; i < kKeyTile; ++i) to[i] = 0;
+    }
+  }
+}
+
+// The products of attention on one tile: `keys` of one key tile, `vectors` of queries.
+//   s[n][m] (+)= sum over c of k[c][n] * q[c][m]
+template <class T>
+__attribute__((noinline)) void multiply_keys(bool accumulate, int keys, int vectors, int channels,
+                                             const T* k, const T* q, T* s) {
+  gemm<kBlockRows, kBlockVectors>(accumulate, keys, vectors, channels,
+                                  Operand<T>{k, 1, kKeyTile}, q, kLd<T>, s, kLd<T>);
+}
+//   o[c][m] += sum over n of v[c][n] * p[n][m]
+template <class T>
+__attribute__((noinline)) void multiply_values(int keys, int vectors, int channels, const T* v,
+                                               const T* p, T* o) {
+  gemm<kBlockRows, kBlockVectors>(true, channels, vectors, keys, Operand<T>{v, kKeyTile, 1}, p,
+                                  kLd<T>, o, kLd<T>);
+}
+//   g[n][c] += sum over m of p[n][m] * o[m][c], with padded channels
+template <class T>
+__attribute__((noinline)) void multiply_queries(int keys, int queries, int64_t padded, const T* p,
+                                                const T* o, T* g) {
+  gemm<kTallRows, kTallVectors>(true, keys, int(padded / kLanes<T>), queries,
+                                Operand<T>{p, kLd<T>, 1}, o, padded, g, padded);
+}
+
+}  // namespace dat::cpu::DAT_SIMD

@@ -1,0 +1,141 @@
+// Vectors of the widest width the instruction set at hand has, as GCC/Clang vector extensions: one
+// source for AVX-512, AVX2, SSE2 and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../math/softmax.h"
+
+#if defined(__AVX512F__)
+#define DAT_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define DAT_VECTOR_BYTES 32
+#else
+#define DAT_VECTOR_BYTES 16
+#endif
+
+#define DAT_INLINE inline __attribute__((always_inline))
+
+namespace dat::cpu::DAT_SIMD {
+
+template <class T>
+struct VecTypes;
+template <>
+struct VecTypes<float> {
+  typedef float vec __attribute__((vector_size(DAT_VECTOR_BYTES)));
+  typedef int32_t ivec __attribute__((vector_size(DAT_VECTOR_BYTES)));
+  typedef int32_t integer;
+};
+template <>
+struct VecTypes<double> {
+  typedef double vec __attribute__((vector_size(DAT_VECTOR_BYTES)));
+  typedef int64_t ivec __attribute__((vector_size(DAT_VECTOR_BYTES)));
+  typedef int64_t integer;
+};
+template <class T>
+using Vec = typename VecTypes<T>::vec;
+template <class T>
+using IVec = typename VecTypes<T>::ivec;
+template <class T>
+using Int = typename VecTypes<T>::integer;
+
+template <class T>
+constexpr int kLanes = DAT_VECTOR_BYTES / int(sizeof(T));
+
+template <class V, class T>
+DAT_INLINE V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+DAT_INLINE Vec<T> load(const T* p) {
+  return load_as<Vec<T>>(p);
+}
+template <class T>
+DAT_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+DAT_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+template <class T>
+DAT_INLINE IVec<T> lane_index() {
+  IVec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
+  return v;
+}
+// The larger; where b is NaN, a.
+template <class V>
+DAT_INLINE V maximum(V a, V b) {
+  return b > a ? b : a;
+}
+template <class T>
+DAT_INLINE T lane_sum(Vec<T> v) {
+  T sum = 0;
+  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
+
+// Lane i of the concatenation of a and b at index[i], 0 <= index < 2 * lanes.
+template <class T>
+DAT_INLINE Vec<T> permute2(Vec<T> a, Vec<T> b, IVec<T> index) {
+#if defined(__clang__)
+  T both[2 * kLanes<T>];
+  store(both, a), store(both + kLanes<T>, b);
+  Vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = both[index[i]];
+  return r;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// 2^x for x <= about 127 (float), 1023 (double); 0 below the normal range; NaN stays NaN.
+template <class T>
+DAT_INLINE Vec<T> exp2(Vec<T> x) {
+  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52;
+  constexpr Int<T> kBias = sizeof(T) == 4 ? 127 : 1023;
+  // Adding this rounds to an integer, whose biased form is left in the low bits.
+  constexpr T kMagic = T(Int<T>(3) << (kMantissa - 1)) + kBias;
+  const Vec<T> lowest = splat(T(-kBias));
+  x = x < lowest ? lowest : x;
+  const Vec<T> rounded = x + kMagic;
+  const IVec<T> power = (IVec<T>)rounded << kMantissa;
+  return exp2_fraction<T>(x - (rounded - kMagic)) * (Vec<T>)power;
+}
+
+// Transposes a block of lanes x lanes: to[j * to_stride + i] = from[i * from_stride + j].
+template <class T>
+DAT_INLINE void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  constexpr int L = kLanes<T>;
+  Vec<T> rows[L];
+  for (int i = 0; i < L; ++i) rows[i] = load(from + i * from_stride);
+#if defined(__clang__)
+  for (int i = 0; i < L; ++i)
+    for (int j = 0; j < L; ++j) to[j * to_stride + i] = rows[i][j];
+#else
+  // Stage s exchanges, between rows that are 2^s apart, the lanes whose index differs in bit s.
+#pragma GCC unroll 4
+  for (int half = 1; half < L; half *= 2) {
+    IVec<T> even, odd;
+    for (int lane = 0; lane < L; ++lane) {
+      const bool upper = lane & half;
+      even[lane] = upper ? L + lane - half : lane;
+      odd[lane] = upper ? L + lane : lane + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i & half) continue;
+      const Vec<T> a = rows[i], b = rows[i + half];
+      rows[i] = __builtin_shuffle(a, b, even);
+      rows[i + half] = __builtin_shuffle(a, b, odd);
+    }
+  }
+  for (int i = 0; i < L; ++i) store(to + i * to_stride, rows[i]);
+#endif
+}
+
+}  // namespace dat::cpu::DAT_SIMD

@@ -1,0 +1,92 @@
+// What crosses from tensors to kernels: plain data, no torch, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#include "math/grid.h"
+
+namespace dat {
+
+// Storage type of features (x, q, k, v, bias, out). Everything else (offset, pos,
+// rpe_table, lse) has the accumulation type: double for f64, float for the others.
+enum class DType : int { f32, f64, f16, bf16 };
+
+// A feature map [B, C, H, W] or feature list [B, C, N] (H = 1, W = N) with any strides.
+struct MapView {
+  void* data = nullptr;
+  int64_t batch = 0, channel = 0, row = 0, column = 0;  // strides in elements
+};
+
+struct SampleShape {
+  int64_t batch, groups, channels, height, width, keys_h, keys_w;
+  double offset_range_factor;
+  Version version;
+  DType dtype;
+
+  int64_t keys() const { return keys_h * keys_w; }
+};
+
+struct SampleForward {
+  SampleShape shape;
+  MapView x;           // [B, C, H, W]
+  const void* offset;  // [B * G, 2, Hk, Wk]
+  void* sampled;       // [B, C, N]
+  void* pos;           // [B, G, N, 2]
+};
+
+struct SampleBackward {
+  SampleShape shape;
+  MapView x;
+  MapView grad_sampled;   // [B, C, N]
+  const void* offset;
+  const void* grad_pos;   // [B, G, N, 2] or null
+  void* grad_x;           // [B, C, H, W] contiguous
+  void* grad_offset;      // [B * G, 2, Hk, Wk]
+};
+
+struct AttentionShape {
+  int64_t batch, heads, groups, height, width, keys, head_dim;
+  int64_t table_h = 0, table_w = 0;  // 0: no table
+  double scale;
+  double dropout_p;
+  Version version;
+  DType dtype;
+
+  int64_t queries() const { return height * width; }
+};
+
+// Dense additive bias [B, h, M, N] in the features' dtype; broadcast dimensions have stride 0.
+struct DenseBias {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, query = 0, key = 0;
+};
+
+struct AttentionInputs {
+  AttentionShape shape;
+  MapView q;               // [B, C, H, W]
+  MapView k, v;            // [B, C, N]
+  const void* pos;         // [B, G, N, 2] or null
+  const void* table;       // [h, Th, Tw] or null
+  DenseBias bias;
+  const int64_t* seed;     // [1], null without dropout
+};
+
+struct AttentionForward {
+  AttentionInputs in;
+  void* out;  // [B, C, H, W] contiguous
+  void* lse;  // [B, h, M], natural logarithm
+};
+
+struct AttentionBackward {
+  AttentionInputs in;
+  MapView out, grad_out;     // [B, C, H, W]
+  const void* lse;           // [B, h, M]
+  void* grad_q;              // [B, C, H, W]
+  void *grad_k, *grad_v;     // [B, C, N]
+  void* grad_pos;            // [B, h, N, 2] one part for each head, or null
+  void* grad_table;          // [h, Th, Tw] or null
+  void* grad_bias;           // [B or 1, h or 1, M, N] in the accumulation type, or null
+  int64_t grad_bias_batch, grad_bias_head;  // its strides, 0 where broadcast
+};
+
+}  // namespace dat

@@ -1,0 +1,283 @@
+"""The two fused operators of deformable attention, with autograd.
+
+Vision Transformer with Deformable Attention (CVPR 2022) and DAT++ (2023). Everything between the
+projections is here: :func:`deform_sample` takes offsets to sampled features, :func:`deform_attention`
+takes queries, keys and values to the attention's output. Both run native kernels where the device
+has them and :mod:`dat_cuda.reference` elsewhere. Coordinates are in the order (y, x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dat_cuda import reference
+
+__all__ = ["backend", "deform_attention", "deform_sample"]
+
+BACKENDS = ("auto", "reference")
+NATIVE_DEVICES = ("cpu",)
+
+_ops = torch.ops.dat_cuda
+_backend = "auto"
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose, for the whole process, what computes the operators inside the ``with`` block.
+
+    ``"auto"``: native kernels where the device has them, the reference elsewhere (the default).
+    ``"reference"``: plain PyTorch everywhere.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    previous, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def _uses_reference(features: Tensor) -> bool:
+    return _backend == "reference" or features.device.type not in NATIVE_DEVICES
+
+
+def _accumulation_dtype(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def deform_sample(
+    x: Tensor,
+    offset: Tensor,
+    *,
+    groups: int,
+    offset_range_factor: float,
+    version: str = "dat++",
+) -> tuple[Tensor, Tensor]:
+    r"""Sample features at reference points moved by learned, bounded offsets.
+
+    With K reference points on an axis, D = K (``"dat"``) or max(K - 1, 1) (``"dat++"``), and f the
+    ``offset_range_factor``::
+
+        ref(i) = (i + 1/2) / D * 2 - 1            (K = 1: 0)
+        pos    = ref + tanh(offset) * f / D       f > 0
+                 ref + offset  |  ref             f = 0, "dat" | "dat++"
+                 tanh(offset + ref)  |  clamp(offset + ref, -1, 1)   f < 0, "dat" | "dat++"
+        sampled[c, n] = bilinear(x[c], pos[n])    align_corners, zeros outside
+
+    Source: "Vision Transformer with Deformable Attention", CVPR 2022, and DAT++, 2023, with their
+    published code.
+
+    Args:
+        x: ``[B, C, H, W]``, float32, float64, float16 or bfloat16, any strides.
+        offset: ``[B * G, 2, Hk, Wk]`` as the offset network gives it, channel 0 along y. Used in
+            float32 (float64 when x is float64).
+        groups: G, divides C; group g's channels are sampled at group g's positions.
+        offset_range_factor: f above.
+        version: ``"dat"`` or ``"dat++"``.
+
+    Returns:
+        ``sampled [B, C, N]`` in the dtype of x, N = Hk * Wk, and ``pos [B, G, N, 2]`` in float32
+        (float64 when x is float64). Both are differentiable in ``x`` and ``offset``. A NaN position
+        gives NaN features, an infinite one gives zeros.
+
+    Raises:
+        RuntimeError, ValueError: an argument has the wrong shape, dtype or value.
+    """
+    if _uses_reference(x):
+        return reference.deform_sample(
+            x, offset, groups=groups, offset_range_factor=offset_range_factor, version=version
+        )
+    offset = offset.to(_accumulation_dtype(x))
+    return _ops.deform_sample_forward(x, offset, groups, float(offset_range_factor), version)
+
+
+def deform_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None = None,
+    rpe_table: Tensor | None = None,
+    *,
+    heads: int,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    version: str = "dat++",
+) -> Tensor:
+    r"""Attention of a query map to sampled keys, with a bias interpolated at their positions.
+
+    For head h with d = C / heads channels, query m at lattice point (i, j) and key n::
+
+        s[m, n]   = scale * q[m] . k[n] + bilinear(rpe_table[h], (grid(i, j) - pos[n]) / 2) + bias
+        out[m]    = sum over n of dropout(softmax_n(s[m, n])) v[n]
+        grid(i)   = (2 i + 1) / L - 1  ("dat"),  2 i / (L - 1) - 1  ("dat++"; 0 where L = 1)
+
+    The scores are never in memory: the forward keeps their log-sum-exp, the backward computes them
+    again. Source: as :func:`deform_sample`.
+
+    Args:
+        q: ``[B, C, H, W]``, float32, float64, float16 or bfloat16, any strides.
+        k, v: ``[B, C, N]``, dtype of q, any strides.
+        pos: ``[B, G, N, 2]`` in (y, x); G divides heads, and heads / G neighbouring heads share a
+            group. Only the table uses it. Computed with in float32 (float64 for float64 q).
+        rpe_table: ``[heads, Th, Tw]`` of any size, zeros outside, align_corners. Computed with in
+            float32 (float64 for float64 q). Needs ``pos``.
+        heads: number of heads, divides C.
+        bias: dense additive bias, broadcastable to ``[B, heads, H * W, N]``, dtype of q.
+        scale: factor of q . k; by default ``(C / heads) ** -0.5``.
+        dropout_p: rate at which probabilities are dropped; ``torch.manual_seed`` reproduces it.
+        version: ``"dat"`` or ``"dat++"``: the query grid.
+
+    Returns:
+        ``out [B, C, H, W]`` in the dtype of q, differentiable in q, k, v, pos, rpe_table and bias.
+        A NaN position gives NaN where its key takes part, an infinite one no table bias.
+
+    Under ``torch.autocast`` float32 q, k, v and bias are cast to the autocast dtype.
+
+    Raises:
+        RuntimeError, ValueError: an argument has the wrong shape, dtype or value.
+    """
+    if heads < 1 or q.dim() != 4 or q.shape[1] % heads:
+        raise ValueError(
+            f"q must have shape [B, C, H, W] with C a multiple of heads, got {list(q.shape)} "
+            f"and {heads} heads"
+        )
+    if rpe_table is None:
+        pos = None
+    q, k, v, bias = _autocast(q, k, v, bias)
+    if _uses_reference(q):
+        return reference.deform_attention(
+            q, k, v, pos, rpe_table,
+            heads=heads, bias=bias, scale=scale, dropout_p=dropout_p, version=version,
+        )  # fmt: skip
+    if scale is None:
+        scale = (q.shape[1] // heads) ** -0.5
+    coordinates = _accumulation_dtype(q)
+    if pos is not None and rpe_table is not None:
+        pos, rpe_table = pos.to(coordinates), rpe_table.to(coordinates)
+    if bias is not None:
+        bias = _four_dims(bias, q, k)
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
+    out, _ = _ops.deform_attention_forward(
+        q, k, v, pos, rpe_table, bias, seed, heads, float(scale), float(dropout_p), version
+    )
+    return out
+
+
+def _autocast(q: Tensor, *others: Tensor | None) -> list[Any]:
+    """Features in the autocast dtype where autocast is on for their device."""
+    tensors = [q, *others]
+    device = q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]
+
+
+def _four_dims(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The bias with all four dimensions; its gradient is dense along queries and keys."""
+    bias = bias[(None,) * (4 - bias.dim())]
+    if bias.requires_grad and q.dim() == 4 and k.dim() == 3:
+        bias = bias.expand(-1, -1, q.shape[2] * q.shape[3], k.shape[2])
+    return bias
+
+
+# Registration: what a traced graph sees, and the gradients.
+
+
+@torch.library.register_fake("dat_cuda::deform_sample_forward")
+def _(x, offset, groups, offset_range_factor, version):
+    keys = offset.shape[2] * offset.shape[3]
+    pos = x.new_empty((x.shape[0], groups, keys, 2), dtype=_accumulation_dtype(x))
+    return x.new_empty((x.shape[0], x.shape[1], keys)), pos
+
+
+@torch.library.register_fake("dat_cuda::deform_sample_backward")
+def _(grad_sampled, grad_pos, x, offset, groups, offset_range_factor, version):
+    return x.new_empty(x.shape), offset.new_empty(offset.shape)
+
+
+@torch.library.register_fake("dat_cuda::deform_attention_forward")
+def _(q, k, v, pos, rpe_table, bias, seed, heads, scale, dropout_p, version):
+    lse = (q.shape[0], heads, q.shape[2] * q.shape[3])
+    return q.new_empty(q.shape), q.new_empty(lse, dtype=_accumulation_dtype(q))
+
+
+@torch.library.register_fake("dat_cuda::deform_attention_backward")
+def _(
+    grad_out, q, k, v, pos, rpe_table, bias, seed, out, lse, heads, scale, dropout_p, version,
+    bias_grad,
+):  # fmt: skip
+    none = lse.new_empty((0,))
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        none if rpe_table is None else pos.new_empty(pos.shape),
+        none.clone() if rpe_table is None else rpe_table.new_empty(rpe_table.shape),
+        q.new_empty(bias.shape) if bias is not None and bias_grad else none.clone(),
+    )
+
+
+def _save_sample(ctx, inputs, output):
+    x, offset, *ctx.settings = inputs
+    ctx.save_for_backward(x, offset)
+
+
+def _sample_backward(ctx, grad_sampled, grad_pos):
+    x, offset = ctx.saved_tensors
+    if grad_sampled is None:
+        grad_sampled = x.new_zeros((x.shape[0], x.shape[1], offset.shape[2] * offset.shape[3]))
+    grad_x, grad_offset = _ops.deform_sample_backward(
+        grad_sampled, grad_pos, x, offset, *ctx.settings
+    )
+    return grad_x, grad_offset, None, None, None
+
+
+def _save_attention(ctx, inputs, output):
+    *tensors, ctx.heads, ctx.scale, ctx.dropout_p, ctx.version = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _attention_backward(ctx, grad_out, grad_lse):
+    q, k, v, pos, rpe_table, bias, seed, out, lse = ctx.saved_tensors
+    bias_grad = bias is not None and ctx.needs_input_grad[5]
+    grad_q, grad_k, grad_v, grad_pos, grad_table, grad_bias = _ops.deform_attention_backward(
+        grad_out, q, k, v, pos, rpe_table, bias, seed, out, lse,
+        ctx.heads, ctx.scale, ctx.dropout_p, ctx.version, bias_grad,
+    )  # fmt: skip
+    has_table = rpe_table is not None
+    return (
+        grad_q,
+        grad_k,
+        grad_v,
+        grad_pos if has_table else None,
+        grad_table if has_table else None,
+        grad_bias if bias_grad else None,
+        *(None,) * 5,
+    )
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "dat_cuda has no second derivatives; for those, compute inside "
+        "`with dat_cuda.backend('reference'):`"
+    )
+
+
+torch.library.register_autograd(
+    "dat_cuda::deform_sample_forward", _sample_backward, setup_context=_save_sample
+)
+torch.library.register_autograd(
+    "dat_cuda::deform_attention_forward", _attention_backward, setup_context=_save_attention
+)
+for _name in ("deform_sample_backward", "deform_attention_backward"):
+    torch.library.register_autograd(f"dat_cuda::{_name}", _no_second_derivative)
