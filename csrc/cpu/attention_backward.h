@@ -17,11 +17,11 @@ namespace dat::cpu::DAT_SIMD {
 template <class T>
 struct KeySums {
   T *k, *v;  // [N, padded channels]; k times 1 / (scale * log2(e))
-  T* pos;    // [N, 2], in cells, times log2(e)
+  T* pos;    // [N][2][lanes], in cells, times log2(e)
 
   static int64_t padded(const AttentionShape& shape) { return round_up<T>(shape.head_dim); }
   static int64_t size(const AttentionShape& shape) {
-    return 2 * shape.keys * padded(shape) + 2 * shape.keys;
+    return 2 * shape.keys * (padded(shape) + kLanes<T>);
   }
   KeySums(T* memory, const AttentionShape& shape)
       : k(memory), v(k + shape.keys * padded(shape)), pos(v + shape.keys * padded(shape)) {}
@@ -38,8 +38,7 @@ struct BackwardWork {
   T *q_rows, *grad_out_rows;   // [query][padded channels]
   T *p, *ds, *factor;          // tile buffers of keys
   T *lse, *row_sum;            // [query]
-  T* rows;                     // bias scratch
-  BiasBackwardWork<T> bias;
+  LatticeWork<T> lattice;
 
   BackwardWork(Arena& arena, const AttentionShape& shape)
       : head(arena, shape),
@@ -55,8 +54,7 @@ struct BackwardWork {
         factor(arena.take<T>(shape.dropout_p > 0 ? kKeyTile * kLd<T> : 0)),
         lse(arena.take<T>(kLd<T>)),
         row_sum(arena.take<T>(kLd<T>)),
-        rows(arena.take<T>(kSlotBuffer<T>)),
-        bias(arena) {}
+        lattice(arena) {}
 
   // Tile buffers of channels that are transposed have the padding channels, too.
   static int64_t channel_rows(const AttentionShape& shape) { return KeySums<T>::padded(shape); }
@@ -121,7 +119,6 @@ void load_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& til
   std::fill_n(work.grad_out + d * kLd<T>, (padded - d) * kLd<T>, T(0));
   transpose_tile(work.q, queries, padded, work.q_rows);
   transpose_tile(work.grad_out, queries, padded, work.grad_out_rows);
-  std::fill_n(work.grad_q, d * kLd<T>, T(0));
 }
 
 template <class S>
@@ -131,30 +128,25 @@ void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile&
   const AttentionInputs& in = p.in;
   const AttentionShape& shape = in.shape;
   const int d = int(shape.head_dim), queries = tile.queries();
-  const int vectors = int(ceil_div(queries, kLanes<T>));
+  const int vectors = int(ceil_div(queries, kLanes<T>)), stride = key_stride(shape.keys);
   const int64_t padded = KeySums<T>::padded(shape);
   const KeySums<T> sums(work.key_sums, shape);
   const T* factor = shape.dropout_p > 0 ? work.factor : nullptr;
   load_tile(p, b, h, tile, work);
   for (int64_t first = 0; first < shape.keys; first += kKeyTile) {
     const int keys = int(std::min<int64_t>(kKeyTile, shape.keys - first));
-    scores<S>(in, work.head, b, h, tile, first, keys, work.q, work.rows, work.p);
-    multiply_keys(false, keys, vectors, d, work.head.v + first * d, work.grad_out, work.ds);
+    scores<S>(in, work.head, b, h, tile, first, keys, work.q, work.p);
+    multiply_keys(false, keys, vectors, d, work.head.v + first * d, stride, work.grad_out, work.ds);
     if (factor)
       dropout_factors(uint64_t(*in.seed), shape.dropout_p, b * shape.heads + h, tile, shape.width,
                       first, keys, work.factor);
     softmax_backward(keys, vectors, work.lse, work.row_sum, factor, work.p, work.ds);
     multiply_queries(keys, queries, padded, work.p, work.grad_out_rows, sums.v + first * padded);
     multiply_queries(keys, queries, padded, work.ds, work.q_rows, sums.k + first * padded);
-    multiply_values(keys, vectors, d, work.head.k + first * d, work.ds, work.grad_q);
+    multiply_values(first > 0, keys, vectors, d, work.head.k + first * d, stride, work.ds,
+                    work.grad_q);
     if (in.table)
-      for (int64_t n = 0; n < keys; ++n) {
-        const T* pos = work.head.pos + 2 * (first + n);
-        const auto grad = table_bias_backward(work.head.table, work.grad_table, tile, pos[0], pos[1],
-                                              work.ds + n * kLd<T>, work.bias);
-        sums.pos[2 * (first + n)] += grad.y;
-        sums.pos[2 * (first + n) + 1] += grad.x;
-      }
+      work.head.bias.backward(tile, first, keys, work.ds, work.grad_table, work.lattice, sums.pos);
     if (p.grad_bias)
       add_dense_grad(work.ds, tile, shape.width, shape.keys, first, keys,
                      static_cast<T*>(p.grad_bias) + b * p.grad_bias_batch + h * p.grad_bias_head);
@@ -182,8 +174,9 @@ void write_key_sums(const AttentionBackward& p, int64_t b, int64_t h, const T* m
   const T along_x = -T(kLn2) * table_axis<T>(shape.table_w, shape.width, shape.version).quarter;
   T* pos = static_cast<T*>(p.grad_pos) + pair * shape.keys * 2;
   for (int64_t n = 0; n < shape.keys; ++n) {
-    pos[2 * n] = sums.pos[2 * n] * along_y;
-    pos[2 * n + 1] = sums.pos[2 * n + 1] * along_x;
+    const T* lanes = sums.pos + n * 2 * kLanes<T>;
+    pos[2 * n] = lane_sum<T>(load(lanes)) * along_y;
+    pos[2 * n + 1] = lane_sum<T>(load(lanes + kLanes<T>)) * along_x;
   }
 }
 

@@ -17,14 +17,13 @@ template <class S>
 struct HeadOperands {
   using T = acc_t<S>;
 
-  T *k, *v;             // [key tile][channel][kKeyTile]
-  PaddedTable<T> table;  // in units of 1 / log2(e)
-  const T* pos = nullptr;  // [N, 2]
+  T *k, *v;             // [key tile][channel][key_stride]
+  TableBias<T> bias;
 
   HeadOperands(Arena& arena, const AttentionShape& shape)
       : k(arena.take<T>(ceil_div(shape.keys, kKeyTile) * kKeyTile * shape.head_dim)),
         v(arena.take<T>(ceil_div(shape.keys, kKeyTile) * kKeyTile * shape.head_dim)),
-        table(arena, shape) {}
+        bias(arena, shape) {}
 
   void read(const AttentionInputs& in, int64_t b, int64_t h, bool table_too) {
     const AttentionShape& shape = in.shape;
@@ -33,27 +32,25 @@ struct HeadOperands {
     read_keys(head_data<const S>(in.v, b, h * d), in.v, shape.keys, d, v);
     if (!in.table) return;
     const int64_t group = h / (shape.heads / shape.groups);
-    pos = static_cast<const T*>(in.pos) + (b * shape.groups + group) * shape.keys * 2;
+    bias.read_positions(static_cast<const T*>(in.pos) + (b * shape.groups + group) * shape.keys * 2,
+                        shape.keys);
     if (table_too)
-      table.read(static_cast<const T*>(in.table) + h * shape.table_h * shape.table_w, T(kLog2e));
+      bias.table.read(static_cast<const T*>(in.table) + h * shape.table_h * shape.table_w, T(kLog2e));
   }
 };
 
 // s[n][m] = (scale * q.k + bias) * log2(e), for `keys` keys from `first` on. `q` carries the factor.
 template <class S, class T = acc_t<S>>
 void scores(const AttentionInputs& in, const HeadOperands<S>& head, int64_t b, int64_t h,
-            const Tile& tile, int64_t first, int keys, const T* q, T* rows, T* s) {
+            const Tile& tile, int64_t first, int keys, const T* q, T* s) {
   const int d = int(in.shape.head_dim), vectors = int(ceil_div(tile.queries(), kLanes<T>));
-  if (in.table)
-    for (int n = 0; n < keys; ++n) {
-      const T* pos = head.pos + 2 * (first + n);
-      table_bias(head.table, tile, pos[0], pos[1], rows, s + n * kLd<T>);
-    }
+  if (in.table) head.bias.forward(tile, first, keys, s);
   if (in.bias.data) {
     const S* bias = static_cast<const S*>(in.bias.data) + b * in.bias.batch + h * in.bias.head;
     dense_bias<S>(in.table, bias, in.bias, tile, in.shape.width, first, keys, T(kLog2e), s);
   }
-  multiply_keys(in.table || in.bias.data, keys, vectors, d, head.k + first * d, q, s);
+  multiply_keys(in.table || in.bias.data, keys, vectors, d, head.k + first * d,
+                key_stride(in.shape.keys), q, s);
 }
 
 template <class S>
@@ -63,7 +60,7 @@ struct ForwardWork {
   HeadOperands<S> head;
   T *q, *s, *o;              // tile buffers of channels, keys, channels
   T *maximum, *sum;          // [query], of the scores and of the exponentials
-  T *rows, *factor;          // bias scratch; dropout factors
+  T* factor;                 // of dropout, a tile buffer of keys
 
   ForwardWork(Arena& arena, const AttentionShape& shape)
       : head(arena, shape),
@@ -72,7 +69,6 @@ struct ForwardWork {
         o(arena.take<T>(shape.head_dim * kLd<T>)),
         maximum(arena.take<T>(kLd<T>)),
         sum(arena.take<T>(kLd<T>)),
-        rows(arena.take<T>(kSlotBuffer<T>)),
         factor(arena.take<T>(shape.dropout_p > 0 ? kKeyTile * kLd<T> : 0)) {}
 };
 
@@ -126,30 +122,29 @@ void forward_tile(const AttentionForward& p, int64_t b, int64_t h, const Tile& t
   const AttentionShape& shape = p.in.shape;
   const int d = int(shape.head_dim), vectors = int(ceil_div(tile.queries(), kLanes<T>));
   read_tile(head_data<const S>(p.in.q, b, h * d), p.in.q, tile, d, T(shape.scale * kLog2e), work.q);
-  std::fill_n(work.o, d * kLd<T>, T(0));
-  std::fill_n(work.maximum, kLd<T>, -T(INFINITY));
-  std::fill_n(work.sum, kLd<T>, T(0));
+  std::fill_n(work.maximum, vectors * kLanes<T>, -T(INFINITY));
+  std::fill_n(work.sum, vectors * kLanes<T>, T(0));
   for (int64_t first = 0; first < shape.keys; first += kKeyTile) {
     const int keys = int(std::min<int64_t>(kKeyTile, shape.keys - first));
-    scores<S>(p.in, work.head, b, h, tile, first, keys, work.q, work.rows, work.s);
+    scores<S>(p.in, work.head, b, h, tile, first, keys, work.q, work.s);
     softmax_step(keys, vectors, first ? d : 0, work.s, work.o, work.maximum, work.sum);
     if (shape.dropout_p > 0) {
       dropout_factors(uint64_t(*p.in.seed), shape.dropout_p, b * shape.heads + h, tile, shape.width,
                       first, keys, work.factor);
       for (int64_t i = 0; i < keys * kLd<T>; ++i) work.s[i] *= work.factor[i];
     }
-    multiply_values(keys, vectors, d, work.head.v + first * d, work.s, work.o);
+    multiply_values(first > 0, keys, vectors, d, work.head.v + first * d, key_stride(shape.keys),
+                    work.s, work.o);
   }
-  const int queries = tile.queries();
-  for (int m = 0; m < queries; ++m) {
-    const T total = work.sum[m];
-    work.sum[m] = 1 / total;
-    work.maximum[m] = work.maximum[m] * T(kLn2) + std::log(total);
+  for (int m = 0; m < vectors * kLanes<T>; m += kLanes<T>) {
+    const Vec<T> total = load(work.sum + m);
+    store(work.sum + m, T(1) / total);
+    store(work.maximum + m, (load(work.maximum + m) + log2<T>(total)) * T(kLn2));
   }
   const MapView out = contiguous_map(p.out, shape.heads * d, shape.height, shape.width);
   write_tile(work.o, work.sum, tile, d, head_data<S>(out, b, h * d), out);
   const MapView lse = contiguous_map(p.lse, shape.heads, shape.height, shape.width);
-  std::fill_n(work.sum, queries, T(1));
+  std::fill_n(work.sum, vectors * kLanes<T>, T(1));
   write_tile(work.maximum, work.sum, tile, 1, head_data<T>(lse, b, h), lse);
 }
 

@@ -47,9 +47,14 @@ struct TileGrid {
 };
 
 // The cut with the least work, estimated in vector instructions for one key: products and softmax
-// over all lanes, the bias by rows, and what each tile and key cost whatever the tile's size.
+// over all lanes; the bias, by rows of the tile and of the table; copies, by runs of memory; and
+// what each tile and key cost whatever the tile's size.
 template <class T>
 TileGrid choose_tiles(const AttentionShape& shape) {
+  const double d = double(shape.head_dim);
+  const TableAxis<T> y = table_axis<T>(shape.table_h, shape.height, shape.version);
+  const TableAxis<T> x = table_axis<T>(shape.table_w, shape.width, shape.version);
+  const bool unit = y.slope == 1 && x.slope == 1;
   TileGrid best{shape.height, shape.width, shape.height, shape.width};
   double best_cost = 1e300;
   for (int64_t across = ceil_div(shape.width, kMaxQueries); across <= shape.width; ++across) {
@@ -58,10 +63,16 @@ TileGrid choose_tiles(const AttentionShape& shape) {
     for (int64_t down = ceil_div(shape.height, kMaxRows); down <= shape.height; ++down) {
       const int64_t rows = ceil_div(shape.height, down), queries = rows * columns;
       if (queries > kMaxQueries) continue;
-      const double lanes = double(ceil_div(queries, kLanes<T>)) * (2.0 * double(shape.head_dim) + 20);
-      const double bias = double(ceil_div(columns, kLanes<T>)) * double(11 * rows + 6) + 6.0 * double(rows);
-      const double cost = double(down * across) * (lanes + (shape.table_h ? bias : 0.0) + 40);
-      if (cost < best_cost) best_cost = cost, best.down = down, best.across = across;
+      const double vectors = double(ceil_div(columns, kLanes<T>));
+      const double slots = std::min(double(rows) * double(y.slope) + 2, 2.0 * double(rows));
+      const double bias = unit ? vectors * (7 * double(rows) + 10)
+                               : vectors * (5 * double(rows) + 8 * slots + 20) + 4 * double(rows);
+      const double products = double(ceil_div(queries, kLanes<T>)) * (2 * d + 20);
+      const double runs = across == 1 ? 1 : double(rows);
+      const double copies = 2 * d * runs * 20 / double(shape.keys);
+      const double cost = products + (shape.table_h ? bias : 0) + copies + 40;
+      if (double(down * across) * cost < best_cost)
+        best_cost = double(down * across) * cost, best.down = down, best.across = across;
     }
   }
   return best;
@@ -145,16 +156,20 @@ __attribute__((noinline)) void write_tile(const T* from, const T* scale, const T
     });
 }
 
-// Keys or values of one head as [key tile][channel][kKeyTile], zero past the last key.
+// Keys or values of one head as [key tile][channel][key_stride]; what follows the last key is never
+// read.
+DAT_INLINE int key_stride(int64_t keys) { return int(std::min<int64_t>(keys, kKeyTile)); }
+
 template <class S, class T>
 __attribute__((noinline)) void read_keys(const S* head, const MapView& map, int64_t keys,
                                          int channels, T* to) {
+  const int stride = key_stride(keys);
+  if (keys <= kKeyTile && map.channel == keys * map.column)
+    return read_run(head, map.column, channels * int(keys), T(1), to);
   for (int64_t first = 0; first < keys; first += kKeyTile) {
     const int count = int(std::min<int64_t>(kKeyTile, keys - first));
-    for (int c = 0; c < channels; ++c, to += kKeyTile) {
+    for (int c = 0; c < channels; ++c, to += stride)
       read_run(head + c * map.channel + first * map.column, map.column, count, T(1), to);
-      for (int i = count; i < kKeyTile; ++i) to[i] = 0;
-    }
   }
 }
 
@@ -162,16 +177,17 @@ __attribute__((noinline)) void read_keys(const S* head, const MapView& map, int6
 //   s[n][m] (+)= sum over c of k[c][n] * q[c][m]
 template <class T>
 __attribute__((noinline)) void multiply_keys(bool accumulate, int keys, int vectors, int channels,
-                                             const T* k, const T* q, T* s) {
+                                             const T* k, int k_stride, const T* q, T* s) {
   gemm<kBlockRows, kBlockVectors>(accumulate, keys, vectors, channels,
-                                  Operand<T>{k, 1, kKeyTile}, q, kLd<T>, s, kLd<T>);
+                                  Operand<T>{k, 1, k_stride}, q, kLd<T>, s, kLd<T>);
 }
-//   o[c][m] += sum over n of v[c][n] * p[n][m]
+//   o[c][m] (+)= sum over n of v[c][n] * p[n][m]
 template <class T>
-__attribute__((noinline)) void multiply_values(int keys, int vectors, int channels, const T* v,
-                                               const T* p, T* o) {
-  gemm<kBlockRows, kBlockVectors>(true, channels, vectors, keys, Operand<T>{v, kKeyTile, 1}, p,
-                                  kLd<T>, o, kLd<T>);
+__attribute__((noinline)) void multiply_values(bool accumulate, int keys, int vectors,
+                                               int channels, const T* v, int v_stride, const T* p,
+                                               T* o) {
+  gemm<kBlockRows, kBlockVectors>(accumulate, channels, vectors, keys, Operand<T>{v, v_stride, 1},
+                                  p, kLd<T>, o, kLd<T>);
 }
 //   g[n][c] += sum over m of p[n][m] * o[m][c], with padded channels
 template <class T>

@@ -107,6 +107,18 @@ DAT_INLINE Vec<T> exp2(Vec<T> x) {
   return exp2_fraction<T>(x - (rounded - kMagic)) * (Vec<T>)power;
 }
 
+// log2(x) for normal x > 0; NaN stays NaN, 0 and infinity do not matter here.
+template <class T>
+DAT_INLINE Vec<T> log2(Vec<T> x) {
+  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52;
+  constexpr Int<T> kRootHalf = sizeof(T) == 4 ? Int<T>(0x3f3504f3) : Int<T>(0x3fe6a09e667f3bcd);
+  // Exponent that leaves a mantissa in [sqrt(1/2), sqrt(2)).
+  const IVec<T> power = ((IVec<T>)x - kRootHalf) >> kMantissa;
+  const Vec<T> mantissa = (Vec<T>)((IVec<T>)x - (power << kMantissa));
+  const Vec<T> z = (mantissa - T(1)) / (mantissa + T(1));
+  return __builtin_convertvector(power, Vec<T>) + log2_ratio<T>(z);
+}
+
 // Transposes a block of lanes x lanes: to[j * to_stride + i] = from[i * from_stride + j].
 template <class T>
 DAT_INLINE void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {

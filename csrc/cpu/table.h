@@ -1,0 +1,151 @@
+// The position table of one head in cache, and the bias at unit slope, the common case: dat++ at the
+// resolution it was trained at.
+//
+// At unit slope the fractions depend on the key alone, and the bias over a tile is one window of the
+// table, blended with its neighbours one row and one column on: contiguous loads, no gather.
+#pragma once
+
+#include "../math/bilinear.h"
+#include "../math/grid.h"
+#include "tile.h"
+
+namespace dat::cpu::DAT_SIMD {
+
+// The table of one head, surrounded by zeros so that every cell a window touches can be read.
+template <class T>
+struct PaddedTable {
+  static constexpr int kPadRows = 2, kPadColumns = 3 * kLanes<T> + 8;
+
+  TableAxis<T> y, x;
+  int64_t stride = 0, size = 0;
+  T* cells = nullptr;
+
+  PaddedTable() = default;
+  PaddedTable(Arena& arena, const AttentionShape& shape)
+      : y(table_axis<T>(shape.table_h, shape.height, shape.version)),
+        x(table_axis<T>(shape.table_w, shape.width, shape.version)),
+        stride(round_up<T>(shape.table_w + 2 * kPadColumns)),
+        size((shape.table_h + 2 * kPadRows) * stride),
+        cells(arena.take<T>(shape.table_h ? size : 0)) {}
+
+  T* row(int64_t index) const { return cells + (index + kPadRows) * stride + kPadColumns; }
+
+  void read(const T* table, T scale) {
+    std::fill_n(cells, size, T(0));
+    for (int64_t i = 0; i < y.size; ++i)
+      for (int64_t j = 0; j < x.size; ++j) row(i)[j] = table[i * x.size + j] * scale;
+  }
+};
+
+// Where one key meets the table, at unit slope: query (i, j) of the map lies between cells
+// (row + i, column + j) and (row + i + 1, column + j + 1).
+template <class T>
+struct UnitCell {
+  int row, column;
+  T fraction_y, fraction_x;
+};
+
+template <class T>
+void unit_cells(const PaddedTable<T>& table, const T* pos, int64_t keys, UnitCell<T>* cells) {
+  // Beyond any table; NaN and what is farther away end there, too.
+  constexpr T kFar = T(1 << 26);
+  const auto locate = [](T t, int& index, T& fraction) {
+    const bool near = std::abs(t) < kFar;
+    const T floored = std::floor(t);
+    index = int(near ? floored : kFar), fraction = t - floored;
+  };
+  for (int64_t n = 0; n < keys; ++n) {
+    locate(table.y.shift(pos[2 * n]), cells[n].row, cells[n].fraction_y);
+    locate(table.x.shift(pos[2 * n + 1]), cells[n].column, cells[n].fraction_x);
+  }
+}
+
+// Whether all that a tile sees of the table from there is within its padding.
+template <class T>
+DAT_INLINE bool in_reach(const PaddedTable<T>& table, const Tile& tile, const UnitCell<T>& cell) {
+  constexpr int64_t kPadRows = PaddedTable<T>::kPadRows, kPad = PaddedTable<T>::kPadColumns;
+  const int64_t row = cell.row + tile.row, column = cell.column + tile.column;
+  return row >= -kPadRows && row + tile.rows < table.y.size + kPadRows && column >= -kPad &&
+         column + round_up<T>(tile.columns + 1) + 1 <= table.x.size + kPad;
+}
+
+// s[n][query] = bias, in the units of the padded table, for X vectors of columns from `first` on.
+// Rows are written in order, and blocks of columns from the right: what the last vector of a row
+// spills over is overwritten later, by the next row's first block or the next key's.
+template <int X, class T>
+void unit_bias_columns(const PaddedTable<T>& table, const Tile& tile, const UnitCell<T>* cells,
+                       int keys, int first, T* s) {
+  constexpr int L = kLanes<T>;
+  for (int n = 0; n < keys; ++n, s += kLd<T>) {
+    const Vec<T> fy = splat(cells[n].fraction_y), fx = splat(cells[n].fraction_x);
+    const T* cell = table.row(cells[n].row + tile.row) + cells[n].column + tile.column + first;
+    T* to = s + first;
+    Vec<T> above[X];
+    for (int x = 0; x < X; ++x) above[x] = lerp(load(cell + x * L), load(cell + x * L + 1), fx);
+    for (int r = 0; r < tile.rows; ++r, to += tile.columns) {
+      cell += table.stride;
+#pragma GCC unroll 4
+      for (int x = 0; x < X; ++x) {
+        const Vec<T> below = lerp(load(cell + x * L), load(cell + x * L + 1), fx);
+        store(to + x * L, lerp(above[x], below, fy));
+        above[x] = below;
+      }
+    }
+  }
+}
+
+template <class T>
+__attribute__((noinline)) void unit_bias(const PaddedTable<T>& table, const Tile& tile,
+                                         const UnitCell<T>* cells, int keys, T* s) {
+  constexpr int L = kLanes<T>;
+  int end = int(ceil_div(tile.columns, L));
+  switch (end % 4) {
+    case 1: unit_bias_columns<1>(table, tile, cells, keys, (end -= 1) * L, s); break;
+    case 2: unit_bias_columns<2>(table, tile, cells, keys, (end -= 2) * L, s); break;
+    case 3: unit_bias_columns<3>(table, tile, cells, keys, (end -= 3) * L, s); break;
+  }
+  while (end > 0) unit_bias_columns<4>(table, tile, cells, keys, (end -= 4) * L, s);
+}
+
+// From the scores' gradient for one key: adds to the table's gradient and, by lanes, to the
+// position's, along_pos [2][lanes], in cells.
+// With u the gradient that reaches the cells of a row through the blend along x, the one of the
+// window's row r is (1 - fy) u[r] + fy u[r - 1], and both position derivatives are sums of table
+// cells times such blends: everything is computed where the cell is.
+template <class T>
+__attribute__((noinline)) void unit_bias_backward(const PaddedTable<T>& table,
+                                                  const PaddedTable<T>& grad_table,
+                                                  const Tile& tile, const UnitCell<T>& key,
+                                                  const T* ds, T* along_pos) {
+  constexpr int L = kLanes<T>;
+  const Vec<T> fy = splat(key.fraction_y), fx = splat(key.fraction_x);
+  const int64_t row = key.row + tile.row, column = key.column + tile.column;
+  Vec<T> along_y = load(along_pos), along_x = load(along_pos + L);
+  for (int first = 0; first <= tile.columns; first += L) {
+    const IVec<T> j = lane_index<T>() + Int<T>(first);
+    const IVec<T> has_left = j < Int<T>(tile.columns);
+    const IVec<T> has_right = (j > 0) & (j <= Int<T>(tile.columns));
+    const T *cell = table.row(row) + column + first, *d = ds + first;
+    T* grad = grad_table.row(row) + column + first;
+    Vec<T> u_above{}, e_above{};
+    const auto visit = [&](Vec<T> u, Vec<T> e) {
+      const Vec<T> value = load(cell), du = u_above - u;
+      along_y += value * du;
+      along_x += value * lerp(e, e_above, fy);
+      store(grad, load(grad) + (u + fy * du));
+      u_above = u, e_above = e;
+      cell += table.stride, grad += table.stride;
+    };
+    for (int r = 0; r < tile.rows; ++r, d += tile.columns) {
+      // As the left tap of column j, and as the right tap of column j - 1.
+      const Vec<T> left = has_left ? load(d) : Vec<T>{};
+      const Vec<T> right = has_right ? load(d - 1) : Vec<T>{};
+      visit(left + fx * (right - left), right - left);
+    }
+    visit(Vec<T>{}, Vec<T>{});
+  }
+  store(along_pos, along_y);
+  store(along_pos + L, along_x);
+}
+
+}  // namespace dat::cpu::DAT_SIMD
