@@ -1,8 +1,8 @@
 """The two fused operators of deformable attention, with autograd.
 
 Vision Transformer with Deformable Attention (CVPR 2022) and DAT++ (2023). Everything between the
-projections is here: :func:`deform_sample` takes offsets to sampled features, :func:`deform_attention`
-takes queries, keys and values to the attention's output. Both run native kernels where the device
+projections is here: :func:`deform_sample` takes offsets to sampled features,
+:func:`deform_attention` takes queries, keys and values to the attention's output. Both run native kernels where the device
 has them and :mod:`dat_cuda.reference` elsewhere. Coordinates are in the order (y, x).
 """
 
@@ -94,7 +94,7 @@ def deform_sample(
             x, offset, groups=groups, offset_range_factor=offset_range_factor, version=version
         )
     offset = offset.to(_accumulation_dtype(x))
-    return _ops.deform_sample_forward(x, offset, groups, float(offset_range_factor), version)
+    return _Sample.call(x, offset, groups, float(offset_range_factor), version)
 
 
 def deform_attention(
@@ -166,7 +166,7 @@ def deform_attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
-    out, _ = _ops.deform_attention_forward(
+    out, _ = _Attention.call(
         q, k, v, pos, rpe_table, bias, seed, heads, float(scale), float(dropout_p), version
     )
     return out
@@ -227,43 +227,24 @@ def _(
     )
 
 
-def _save_sample(ctx, inputs, output):
-    x, offset, *ctx.settings = inputs
-    ctx.save_for_backward(x, offset)
+class _Operator(torch.autograd.Function):
+    """A registered forward operator with its gradient; both are also registered for tracing."""
 
+    operator: str
 
-def _sample_backward(ctx, grad_sampled, grad_pos):
-    x, offset = ctx.saved_tensors
-    if grad_sampled is None:
-        grad_sampled = x.new_zeros((x.shape[0], x.shape[1], offset.shape[2] * offset.shape[3]))
-    grad_x, grad_offset = _ops.deform_sample_backward(
-        grad_sampled, grad_pos, x, offset, *ctx.settings
-    )
-    return grad_x, grad_offset, None, None, None
+    @classmethod
+    def call(cls, *args):
+        # Registered autograd costs more per call than a Function with everything in forward.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return getattr(_ops, cls.operator)(*args)
+        return cls.apply(*args)
 
-
-def _save_attention(ctx, inputs, output):
-    *tensors, ctx.heads, ctx.scale, ctx.dropout_p, ctx.version = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _attention_backward(ctx, grad_out, grad_lse):
-    q, k, v, pos, rpe_table, bias, seed, out, lse = ctx.saved_tensors
-    bias_grad = bias is not None and ctx.needs_input_grad[5]
-    grad_q, grad_k, grad_v, grad_pos, grad_table, grad_bias = _ops.deform_attention_backward(
-        grad_out, q, k, v, pos, rpe_table, bias, seed, out, lse,
-        ctx.heads, ctx.scale, ctx.dropout_p, ctx.version, bias_grad,
-    )  # fmt: skip
-    has_table = rpe_table is not None
-    return (
-        grad_q,
-        grad_k,
-        grad_v,
-        grad_pos if has_table else None,
-        grad_table if has_table else None,
-        grad_bias if bias_grad else None,
-        *(None,) * 5,
-    )
+    @classmethod
+    def register(cls) -> None:
+        name = f"dat_cuda::{cls.operator}"
+        torch.library.register_autograd(name, cls.backward, setup_context=cls.save)
+        backward_name = name.replace("_forward", "_backward")
+        torch.library.register_autograd(backward_name, _no_second_derivative)
 
 
 def _no_second_derivative(ctx, *grads):
@@ -273,11 +254,56 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-torch.library.register_autograd(
-    "dat_cuda::deform_sample_forward", _sample_backward, setup_context=_save_sample
-)
-torch.library.register_autograd(
-    "dat_cuda::deform_attention_forward", _attention_backward, setup_context=_save_attention
-)
-for _name in ("deform_sample_backward", "deform_attention_backward"):
-    torch.library.register_autograd(f"dat_cuda::{_name}", _no_second_derivative)
+class _Sample(_Operator):
+    operator = "deform_sample_forward"
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        x, offset, *ctx.settings = inputs
+        ctx.save_for_backward(x, offset)
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _ops.deform_sample_forward(*inputs)
+        _Sample.save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_sampled, grad_pos):
+        x, offset = ctx.saved_tensors
+        grad_x, grad_offset = _ops.deform_sample_backward(
+            grad_sampled, grad_pos, x, offset, *ctx.settings
+        )
+        return grad_x, grad_offset, None, None, None
+
+
+class _Attention(_Operator):
+    operator = "deform_attention_forward"
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        *tensors, ctx.heads, ctx.scale, ctx.dropout_p, ctx.version = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _ops.deform_attention_forward(*inputs)
+        _Attention.save(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, pos, rpe_table, bias, seed, out, lse = ctx.saved_tensors
+        bias_grad = bias is not None and ctx.needs_input_grad[5]
+        *grads, grad_pos, grad_table, grad_bias = _ops.deform_attention_backward(
+            grad_out, q, k, v, pos, rpe_table, bias, seed, out, lse,
+            ctx.heads, ctx.scale, ctx.dropout_p, ctx.version, bias_grad,
+        )  # fmt: skip
+        if rpe_table is None:
+            grad_pos = grad_table = None
+        return (*grads, grad_pos, grad_table, grad_bias if bias_grad else None, *(None,) * 5)
+
+
+_Sample.register()
+_Attention.register()

@@ -16,15 +16,16 @@ namespace dat::cpu::DAT_SIMD {
 // Sums over the queries of one head and image, in the units they are added up in.
 template <class T>
 struct KeySums {
-  T *k, *v;  // [N, padded channels]; k times 1 / (scale * log2(e))
+  T *k, *v;  // [N, padded channels], both padded for blocks; k times 1 / (scale * log2(e))
   T* pos;    // [N][2][lanes], in cells, times log2(e)
 
   static int64_t padded(const AttentionShape& shape) { return round_up<T>(shape.head_dim); }
   static int64_t size(const AttentionShape& shape) {
-    return 2 * shape.keys * (padded(shape) + kLanes<T>);
+    return 2 * rows(shape) * padded(shape) + 2 * shape.keys * kLanes<T>;
   }
+  static int64_t rows(const AttentionShape& shape) { return round_up<T>(shape.keys); }
   KeySums(T* memory, const AttentionShape& shape)
-      : k(memory), v(k + shape.keys * padded(shape)), pos(v + shape.keys * padded(shape)) {}
+      : k(memory), v(k + rows(shape) * padded(shape)), pos(v + rows(shape) * padded(shape)) {}
 };
 
 template <class S>
@@ -36,9 +37,9 @@ struct BackwardWork {
   T* key_sums;
   T *q, *grad_out, *grad_q;    // tile buffers of channels
   T *q_rows, *grad_out_rows;   // [query][padded channels]
+  T* tile_sum;                 // [key of a key tile][padded channels]
   T *p, *ds, *factor;          // tile buffers of keys
   T *lse, *row_sum;            // [query]
-  LatticeWork<T> lattice;
 
   BackwardWork(Arena& arena, const AttentionShape& shape)
       : head(arena, shape),
@@ -49,12 +50,12 @@ struct BackwardWork {
         grad_q(arena.take<T>(shape.head_dim * kLd<T>)),
         q_rows(arena.take<T>(KeySums<T>::padded(shape) * kLd<T>)),
         grad_out_rows(arena.take<T>(KeySums<T>::padded(shape) * kLd<T>)),
+        tile_sum(arena.take<T>(kKeyTile * KeySums<T>::padded(shape))),
         p(arena.take<T>((kKeyTile + 1) * kLd<T>)),
         ds(arena.take<T>((kKeyTile + 1) * kLd<T>)),
         factor(arena.take<T>(shape.dropout_p > 0 ? kKeyTile * kLd<T> : 0)),
         lse(arena.take<T>(kLd<T>)),
-        row_sum(arena.take<T>(kLd<T>)),
-        lattice(arena) {}
+        row_sum(arena.take<T>(kLd<T>)) {}
 
   // Tile buffers of channels that are transposed have the padding channels, too.
   static int64_t channel_rows(const AttentionShape& shape) { return KeySums<T>::padded(shape); }
@@ -121,9 +122,18 @@ void load_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& til
   transpose_tile(work.grad_out, queries, padded, work.grad_out_rows);
 }
 
+// sums[n][c] += sum over the tile's queries of p[n][m] * rows[m][c], the tile's part on its own first:
+// a running sum over all queries of a large map would lose digits.
+template <class T>
+void add_product(int keys, int queries, int64_t padded, const T* p, const T* rows, T* tile_sum,
+                 T* sums, Prefetch& prefetch) {
+  multiply_queries(keys, queries, padded, p, rows, tile_sum, prefetch);
+  for (int64_t i = 0; i < keys * padded; ++i) sums[i] += tile_sum[i];
+}
+
 template <class S>
 void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& tile,
-                   const BackwardWork<S>& work) {
+                   const BackwardWork<S>& work, Prefetch& prefetch) {
   using T = acc_t<S>;
   const AttentionInputs& in = p.in;
   const AttentionShape& shape = in.shape;
@@ -132,43 +142,62 @@ void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile&
   const int64_t padded = KeySums<T>::padded(shape);
   const KeySums<T> sums(work.key_sums, shape);
   const T* factor = shape.dropout_p > 0 ? work.factor : nullptr;
+  const MapView map = contiguous_map(p.grad_q, shape.heads * d, shape.height, shape.width);
+  prefetch_tile(prefetch, head_data<const S>(map, b, h * d), map, tile, d);
   load_tile(p, b, h, tile, work);
   for (int64_t first = 0; first < shape.keys; first += kKeyTile) {
     const int keys = int(std::min<int64_t>(kKeyTile, shape.keys - first));
-    scores<S>(in, work.head, b, h, tile, first, keys, work.q, work.p);
-    multiply_keys(false, keys, vectors, d, work.head.v + first * d, stride, work.grad_out, work.ds);
+    scores<S>(in, work.head, b, h, tile, first, keys, work.q, work.p,
+              static_cast<T*>(nullptr), prefetch);
+    multiply_keys(false, keys, vectors, d, work.head.v + first * d, stride, work.grad_out, work.ds,
+                  static_cast<T*>(nullptr), prefetch);
     if (factor)
       dropout_factors(uint64_t(*in.seed), shape.dropout_p, b * shape.heads + h, tile, shape.width,
                       first, keys, work.factor);
     softmax_backward(keys, vectors, work.lse, work.row_sum, factor, work.p, work.ds);
-    multiply_queries(keys, queries, padded, work.p, work.grad_out_rows, sums.v + first * padded);
-    multiply_queries(keys, queries, padded, work.ds, work.q_rows, sums.k + first * padded);
+    add_product(keys, queries, padded, work.p, work.grad_out_rows, work.tile_sum,
+                sums.v + first * padded, prefetch);
+    add_product(keys, queries, padded, work.ds, work.q_rows, work.tile_sum,
+                sums.k + first * padded, prefetch);
     multiply_values(first > 0, keys, vectors, d, work.head.k + first * d, stride, work.ds,
-                    work.grad_q);
+                    work.grad_q, prefetch);
     if (in.table)
-      work.head.bias.backward(tile, first, keys, work.ds, work.grad_table, work.lattice, sums.pos);
+      work.head.bias.backward(tile, first, keys, work.ds, work.grad_table, sums.pos);
     if (p.grad_bias)
       add_dense_grad(work.ds, tile, shape.width, shape.keys, first, keys,
                      static_cast<T*>(p.grad_bias) + b * p.grad_bias_batch + h * p.grad_bias_head);
   }
   std::fill_n(work.row_sum, queries, T(shape.scale));
-  const MapView map = contiguous_map(p.grad_q, shape.heads * d, shape.height, shape.width);
   write_tile(work.grad_q, work.row_sum, tile, d, head_data<S>(map, b, h * d), map);
 }
 
-// Writes the sums of one head and image to the outputs.
+// to[c][n] = scale * sums[n][c]; `rows` is a buffer of kLanes rows of kLd.
+template <class S, class T>
+__attribute__((noinline)) void write_transposed(const T* sums, int64_t keys, int64_t channels,
+                                                int64_t padded, T scale, T* rows, S* to) {
+  constexpr int L = kLanes<T>;
+  for (int64_t first = 0; first < keys; first += kMaxQueries) {
+    const int64_t count = std::min<int64_t>(kMaxQueries, keys - first);
+    for (int64_t c = 0; c < channels; c += L) {
+      for (int64_t n = 0; n < count; n += L)
+        transpose_block(sums + (first + n) * padded + c, padded, rows + n, kLd<T>);
+      for (int64_t i = 0; i < std::min<int64_t>(L, channels - c); ++i)
+        for (int64_t n = 0; n < count; ++n)
+          to[(c + i) * keys + first + n] = from_acc<S>(rows[i * kLd<T> + n] * scale);
+    }
+  }
+}
+
+// Writes the sums of one head and image to the outputs; `rows` as above.
 template <class S, class T = acc_t<S>>
-void write_key_sums(const AttentionBackward& p, int64_t b, int64_t h, const T* memory) {
+void write_key_sums(const AttentionBackward& p, int64_t b, int64_t h, const T* memory, T* rows) {
   const AttentionShape& shape = p.in.shape;
   const KeySums<T> sums(const_cast<T*>(memory), shape);
   const int64_t d = shape.head_dim, padded = KeySums<T>::padded(shape), pair = b * shape.heads + h;
   S* k = static_cast<S*>(p.grad_k) + pair * d * shape.keys;
   S* v = static_cast<S*>(p.grad_v) + pair * d * shape.keys;
-  for (int64_t c = 0; c < d; ++c)
-    for (int64_t n = 0; n < shape.keys; ++n) {
-      k[c * shape.keys + n] = from_acc<S>(sums.k[n * padded + c] * T(kLn2));
-      v[c * shape.keys + n] = from_acc<S>(sums.v[n * padded + c]);
-    }
+  write_transposed(sums.k, shape.keys, d, padded, T(kLn2), rows, k);
+  write_transposed(sums.v, shape.keys, d, padded, T(1), rows, v);
   if (!p.grad_pos) return;
   const T along_y = -T(kLn2) * table_axis<T>(shape.table_h, shape.height, shape.version).quarter;
   const T along_x = -T(kLn2) * table_axis<T>(shape.table_w, shape.width, shape.version).quarter;
@@ -216,7 +245,23 @@ struct Slice {
 
   int64_t images() const { return batch_end - batch_begin; }
   int64_t pairs() const { return images() * (head_end - head_begin); }
+  Item item(int64_t index, int64_t tiles) const {
+    Item item(index, tiles, images());
+    item.b += batch_begin, item.h += head_begin;
+    return item;
+  }
 };
+
+// Announces the memory that an item's backward starts with.
+template <class S>
+void prefetch_backward(Prefetch& prefetch, const AttentionBackward& p, const TileGrid& grid,
+                       const Item& item) {
+  const int d = int(p.in.shape.head_dim);
+  prefetch_item<S>(prefetch, p.in, grid, item);
+  for (const MapView* map : {&p.out, &p.grad_out})
+    prefetch_tile(prefetch, head_data<const S>(*map, item.b, item.h * d), *map,
+                  grid.tile(item.tile), d);
+}
 
 // Items [begin, end) of a slice, in the order head, image, tile.
 template <class S, class T = acc_t<S>>
@@ -226,19 +271,30 @@ void backward_run(const AttentionBackward& p, const Slice& slice, const TileGrid
   auto work = make_workspace<BackwardWork<S>>(shape);
   const int64_t tiles = grid.count(), head_items = slice.images() * tiles;
   const PaddedTable<T>& grad_table = work.grad_table;
+  Prefetch prefetch;
   int64_t last_head = -1;
   for (int64_t i = begin; i < end;) {
-    const int64_t pair = i / tiles, first = i % tiles, stop = std::min(tiles, first + end - i);
-    const int64_t h = slice.head_begin + pair / slice.images();
-    const int64_t b = slice.batch_begin + pair % slice.images();
+    const Item item = slice.item(i, tiles);
+    const int64_t b = item.b, h = item.h, first = item.tile;
+    const int64_t stop = std::min(tiles, first + end - i);
     work.head.read(p.in, b, h, h != last_head);
     if (h != last_head) std::fill_n(grad_table.cells, shape.table_h ? grad_table.size : 0, T(0));
     last_head = h;
     std::fill_n(work.key_sums, KeySums<T>::size(shape), T(0));
-    for (int64_t t = first; t < stop; ++t) backward_tile(p, b, h, grid.tile(t), work);
-    i += stop - first;
+    for (int64_t t = first; t < stop; ++t, ++i) {
+      prefetch.clear();
+      if (t + 1 == stop) {
+        const MapView grad = {nullptr, 0, shape.keys, 0, 1};
+        const int64_t channels = (b * shape.heads + h) * shape.head_dim;
+        for (void* data : {p.grad_k, p.grad_v})
+          prefetch_keys(prefetch, static_cast<const S*>(data) + channels * shape.keys, grad,
+                        shape.keys, int(shape.head_dim));
+      }
+      if (i + 1 < end) prefetch_backward<S>(prefetch, p, grid, slice.item(i + 1, tiles));
+      backward_tile(p, b, h, grid.tile(t), work, prefetch);
+    }
     if (stop - first == tiles)
-      write_key_sums<S>(p, b, h, work.key_sums);
+      write_key_sums<S>(p, b, h, work.key_sums, work.p);
     else
       add_part(shared.keys, b * shape.heads + h, work.key_sums, KeySums<T>::size(shape));
     const bool head_done = i == end || i % head_items == 0;
@@ -276,8 +332,9 @@ void attention_backward(const AttentionBackward& p, const Threads& threads) {
   for (int64_t b = 0; b < shape.batch; b += image_step)
     for (int64_t h = 0; h < shape.heads; h += head_step)
       backward_slice<S>(p, {b, b + image_step, h, h + head_step}, grid, threads, shared);
+  std::vector<T> rows(size_t(kLanes<T> * kLd<T>));
   for (const auto& [pair, sum] : shared.keys)
-    write_key_sums<S>(p, pair / shape.heads, pair % shape.heads, sum.data());
+    write_key_sums<S>(p, pair / shape.heads, pair % shape.heads, sum.data(), rows.data());
   for (const auto& [h, sum] : shared.tables) {
     Arena none(nullptr);
     PaddedTable<T> table(none, shape);

@@ -40,9 +40,11 @@ struct HeadOperands {
 };
 
 // s[n][m] = (scale * q.k + bias) * log2(e), for `keys` keys from `first` on. `q` carries the factor.
+// top[m], if wanted, grows to the largest of them.
 template <class S, class T = acc_t<S>>
 void scores(const AttentionInputs& in, const HeadOperands<S>& head, int64_t b, int64_t h,
-            const Tile& tile, int64_t first, int keys, const T* q, T* s) {
+            const Tile& tile, int64_t first, int keys, const T* q, T* s, T* top,
+            Prefetch& prefetch) {
   const int d = int(in.shape.head_dim), vectors = int(ceil_div(tile.queries(), kLanes<T>));
   if (in.table) head.bias.forward(tile, first, keys, s);
   if (in.bias.data) {
@@ -50,7 +52,7 @@ void scores(const AttentionInputs& in, const HeadOperands<S>& head, int64_t b, i
     dense_bias<S>(in.table, bias, in.bias, tile, in.shape.width, first, keys, T(kLog2e), s);
   }
   multiply_keys(in.table || in.bias.data, keys, vectors, d, head.k + first * d,
-                key_stride(in.shape.keys), q, s);
+                key_stride(in.shape.keys), q, s, top, prefetch);
 }
 
 template <class S>
@@ -59,7 +61,7 @@ struct ForwardWork {
 
   HeadOperands<S> head;
   T *q, *s, *o;              // tile buffers of channels, keys, channels
-  T *maximum, *sum;          // [query], of the scores and of the exponentials
+  T *maximum, *top, *sum;    // [query]: largest score before and now, sum of exponentials
   T* factor;                 // of dropout, a tile buffer of keys
 
   ForwardWork(Arena& arena, const AttentionShape& shape)
@@ -68,84 +70,106 @@ struct ForwardWork {
         s(arena.take<T>((kKeyTile + 1) * kLd<T>)),
         o(arena.take<T>(shape.head_dim * kLd<T>)),
         maximum(arena.take<T>(kLd<T>)),
+        top(arena.take<T>(kLd<T>)),
         sum(arena.take<T>(kLd<T>)),
         factor(arena.take<T>(shape.dropout_p > 0 ? kKeyTile * kLd<T> : 0)) {}
 };
 
-// Replaces scores by exponentials under the maximum so far; where that grows, the sum and the
-// output so far shrink. A row that met only -inf keeps weights of 0, hence NaN at the end.
-template <class T, int X>
-DAT_INLINE void exponentials(int keys, int channels, T* s, T* o, T* maximum_so_far, T* sum_so_far) {
+// Replaces scores by exponentials under the maximum now; where that grew, the sum and the output so
+// far shrink. A row that met only -inf keeps weights of 0, hence NaN at the end.
+template <int X, class T>
+DAT_INLINE void exponentials(int keys, int channels, T* s, T* o, T* before, const T* now, T* sums) {
   constexpr int L = kLanes<T>;
-  Vec<T> old[X], top[X], sum[X];
-  for (int x = 0; x < X; ++x) old[x] = top[x] = load(maximum_so_far + x * L);
-  for (int n = 0; n < keys; ++n)
-    for (int x = 0; x < X; ++x) top[x] = maximum(top[x], load(s + n * kLd<T> + x * L));
+  Vec<T> top[X], shrink[X], sum[X];
   for (int x = 0; x < X; ++x) {
-    store(maximum_so_far + x * L, top[x]);
-    const Vec<T> shift = top[x] == -splat(T(INFINITY)) ? Vec<T>{} : top[x];
-    const Vec<T> shrink = exp2<T>(old[x] - shift);
-    sum[x] = load(sum_so_far + x * L) * shrink;
-    top[x] = shift;
-    old[x] = shrink;
+    const Vec<T> largest = load(now + x * L);
+    top[x] = largest == -splat(T(INFINITY)) ? Vec<T>{} : largest;
+    shrink[x] = exp2<T>(load(before + x * L) - top[x]);
+    sum[x] = load(sums + x * L) * shrink[x];
+    store(before + x * L, largest);
   }
   for (int n = 0; n < keys; ++n)
+#pragma GCC unroll 4
     for (int x = 0; x < X; ++x) {
       T* at = s + n * kLd<T> + x * L;
       const Vec<T> p = exp2<T>(load(at) - top[x]);
       sum[x] += p;
       store(at, p);
     }
-  for (int x = 0; x < X; ++x) store(sum_so_far + x * L, sum[x]);
+  for (int x = 0; x < X; ++x) store(sums + x * L, sum[x]);
   for (int c = 0; c < channels; ++c)
     for (int x = 0; x < X; ++x) {
       T* at = o + c * kLd<T> + x * L;
-      store(at, load(at) * old[x]);
+      store(at, load(at) * shrink[x]);
     }
 }
 
 template <class T>
 __attribute__((noinline)) void softmax_step(int keys, int vectors, int channels, T* s, T* o,
-                                            T* maximum, T* sum) {
+                                            T* before, const T* now, T* sums) {
   constexpr int X = 4, L = kLanes<T>;
+  const auto step = [&]<int N>(int x) {
+    exponentials<N>(keys, channels, s + x, o + x, before + x, now + x, sums + x);
+  };
   int x = 0;
-  for (; x + X <= vectors; x += X)
-    exponentials<T, X>(keys, channels, s + x * L, o + x * L, maximum + x * L, sum + x * L);
-  for (; x < vectors; ++x)
-    exponentials<T, 1>(keys, channels, s + x * L, o + x * L, maximum + x * L, sum + x * L);
+  for (; x + X <= vectors; x += X) step.template operator()<X>(x * L);
+  for (; x < vectors; ++x) step.template operator()<1>(x * L);
 }
 
 template <class S>
 void forward_tile(const AttentionForward& p, int64_t b, int64_t h, const Tile& tile,
-                  const ForwardWork<S>& work) {
+                  const ForwardWork<S>& work, Prefetch& prefetch) {
   using T = acc_t<S>;
   const AttentionShape& shape = p.in.shape;
   const int d = int(shape.head_dim), vectors = int(ceil_div(tile.queries(), kLanes<T>));
+  const MapView out = contiguous_map(p.out, shape.heads * d, shape.height, shape.width);
+  prefetch_tile(prefetch, head_data<const S>(out, b, h * d), out, tile, d);
   read_tile(head_data<const S>(p.in.q, b, h * d), p.in.q, tile, d, T(shape.scale * kLog2e), work.q);
   std::fill_n(work.maximum, vectors * kLanes<T>, -T(INFINITY));
+  std::fill_n(work.top, vectors * kLanes<T>, -T(INFINITY));
   std::fill_n(work.sum, vectors * kLanes<T>, T(0));
   for (int64_t first = 0; first < shape.keys; first += kKeyTile) {
     const int keys = int(std::min<int64_t>(kKeyTile, shape.keys - first));
-    scores<S>(p.in, work.head, b, h, tile, first, keys, work.q, work.s);
-    softmax_step(keys, vectors, first ? d : 0, work.s, work.o, work.maximum, work.sum);
+    scores<S>(p.in, work.head, b, h, tile, first, keys, work.q, work.s, work.top, prefetch);
+    softmax_step(keys, vectors, first ? d : 0, work.s, work.o, work.maximum, work.top, work.sum);
     if (shape.dropout_p > 0) {
       dropout_factors(uint64_t(*p.in.seed), shape.dropout_p, b * shape.heads + h, tile, shape.width,
                       first, keys, work.factor);
       for (int64_t i = 0; i < keys * kLd<T>; ++i) work.s[i] *= work.factor[i];
     }
     multiply_values(first > 0, keys, vectors, d, work.head.v + first * d, key_stride(shape.keys),
-                    work.s, work.o);
+                    work.s, work.o, prefetch);
   }
   for (int m = 0; m < vectors * kLanes<T>; m += kLanes<T>) {
     const Vec<T> total = load(work.sum + m);
     store(work.sum + m, T(1) / total);
     store(work.maximum + m, (load(work.maximum + m) + log2<T>(total)) * T(kLn2));
   }
-  const MapView out = contiguous_map(p.out, shape.heads * d, shape.height, shape.width);
   write_tile(work.o, work.sum, tile, d, head_data<S>(out, b, h * d), out);
   const MapView lse = contiguous_map(p.lse, shape.heads, shape.height, shape.width);
   std::fill_n(work.sum, vectors * kLanes<T>, T(1));
   write_tile(work.maximum, work.sum, tile, 1, head_data<T>(lse, b, h), lse);
+}
+
+// Work on one head and image: `tile` counts over all tiles of all of them, images before heads, so
+// that a head's table is read once.
+struct Item {
+  int64_t b, h, tile;
+
+  Item(int64_t index, int64_t tiles, int64_t images)
+      : b(index / tiles % images), h(index / tiles / images), tile(index % tiles) {}
+};
+
+// Announces the memory that an item starts with; its keys if it is a head's first.
+template <class S>
+void prefetch_item(Prefetch& prefetch, const AttentionInputs& in, const TileGrid& grid,
+                   const Item& item) {
+  const int d = int(in.shape.head_dim);
+  prefetch_tile(prefetch, head_data<const S>(in.q, item.b, item.h * d), in.q,
+                grid.tile(item.tile), d);
+  if (item.tile) return;
+  for (const MapView* map : {&in.k, &in.v})
+    prefetch_keys(prefetch, head_data<const S>(*map, item.b, item.h * d), *map, in.shape.keys, d);
 }
 
 template <class S>
@@ -157,14 +181,17 @@ void attention_forward(const AttentionForward& p, const Threads& threads) {
   std::atomic<int64_t> next{0};
   parallel(threads, threads.count, [&](int) {
     auto work = make_workspace<ForwardWork<S>>(shape);
+    Prefetch prefetch;
     int64_t last_pair = -1, last_head = -1;
     for (int64_t begin; (begin = next.fetch_add(step)) < total;)
       for (int64_t i = begin; i < std::min(total, begin + step); ++i) {
-        // Images innermost but for tiles, so that a head's table is read once.
-        const int64_t pair = i / tiles, h = pair / shape.batch, b = pair % shape.batch;
-        if (pair != last_pair) work.head.read(p.in, b, h, h != last_head);
-        last_pair = pair, last_head = h;
-        forward_tile(p, b, h, grid.tile(i % tiles), work);
+        const Item item(i, tiles, shape.batch);
+        if (i / tiles != last_pair) work.head.read(p.in, item.b, item.h, item.h != last_head);
+        last_pair = i / tiles, last_head = item.h;
+        prefetch.clear();
+        if (i + 1 < total)
+          prefetch_item<S>(prefetch, p.in, grid, Item(i + 1, tiles, shape.batch));
+        forward_tile(p, item.b, item.h, grid.tile(item.tile), work, prefetch);
       }
   });
 }

@@ -10,43 +10,40 @@ namespace dat::cpu::DAT_SIMD {
 template <class T>
 struct TableBias {
   PaddedTable<T> table;     // in units of 1 / log2(e)
-  UnitCell<T>* cells;       // [N], at unit slope
-  T* rows;                  // scratch
+  UnitCells<T> cells;       // at unit slope
+  LatticeWork<T> work;
   const T* pos = nullptr;   // [N, 2]
 
   TableBias(Arena& arena, const AttentionShape& shape)
       : table(arena, shape),
-        cells(arena.take<UnitCell<T>>(shape.table_h ? shape.keys : 0)),
-        rows(arena.take<T>(kSlotBuffer<T>)) {}
+        cells(arena, shape.table_h ? shape.keys : 0),
+        work(arena) {}
 
   bool unit() const { return table.y.slope == 1 && table.x.slope == 1; }
-  bool in_reach_of(const Tile& tile, int64_t key) const {
-    return unit() && in_reach(table, tile, cells[key]);
-  }
+  bool contiguous(const Tile& tile) const { return unit() && cells.in_reach(table, tile); }
 
   void read_positions(const T* positions, int64_t keys) {
     pos = positions;
-    if (unit()) unit_cells(table, pos, keys, cells);
+    if (unit()) cells.read(table, pos, keys);
   }
 
   // s[n][m] = bias for `keys` keys from `first` on.
   void forward(const Tile& tile, int64_t first, int keys, T* s) const {
-    bool all = true;
-    for (int n = 0; n < keys; ++n) all &= in_reach_of(tile, first + n);
-    if (all) return unit_bias(table, tile, cells + first, keys, s);
+    if (contiguous(tile)) return unit_bias(table, tile, cells.cell + first, keys, s);
     for (int n = 0; n < keys; ++n) {
       const T* p = pos + 2 * (first + n);
-      lattice_bias(table, tile, p[0], p[1], rows, s + n * kLd<T>);
+      lattice_bias(table, tile, p[0], p[1], work, s + n * kLd<T>);
     }
   }
 
   // Adds to the table's gradient and to the positions', [N][2][lanes], in cells.
   void backward(const Tile& tile, int64_t first, int keys, const T* ds,
-                const PaddedTable<T>& grad_table, const LatticeWork<T>& work, T* grad_pos) const {
+                const PaddedTable<T>& grad_table, T* grad_pos) const {
+    const bool unit_cells = contiguous(tile);
     for (int64_t n = first; n < first + keys; ++n, ds += kLd<T>) {
       T* along = grad_pos + n * 2 * kLanes<T>;
-      if (in_reach_of(tile, n))
-        unit_bias_backward(table, grad_table, tile, cells[n], ds, along);
+      if (unit_cells)
+        unit_bias_backward(table, grad_table, tile, cells.cell[n], ds, along);
       else
         lattice_bias_backward(table, grad_table, tile, pos[2 * n], pos[2 * n + 1], ds, work, along);
     }

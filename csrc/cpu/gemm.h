@@ -20,6 +20,42 @@ constexpr int kBlockRows = 6, kBlockVectors = 2, kTallRows = 6;
 #endif
 constexpr int kTallVectors = 2;
 
+// Lines of memory that will be wanted soon, fetched a few at a time while products run: at small
+// problems reading and writing the tensors would else take as long as the arithmetic.
+class Prefetch {
+ public:
+  void clear() { regions_ = current_ = 0; }
+  // `count` pieces of `bytes` each, `stride` bytes apart.
+  void add(const void* start, int64_t bytes, int64_t count, int64_t stride) {
+    if (regions_ == kRegions) return;
+    if (bytes == stride) bytes *= count, count = 1;
+    region_[regions_++] = {static_cast<const char*>(start), bytes, count, stride, 0};
+  }
+  // Next lines, about as many as arrive during one register block of a product.
+  void step() {
+    for (int lines = 0; lines < kLines && current_ < regions_;) {
+      Region& r = region_[current_];
+      if (r.count == 0) {
+        ++current_;
+        continue;
+      }
+      __builtin_prefetch(r.start + r.done);
+      ++lines;
+      r.done += kLineBytes;
+      if (r.done >= r.bytes) --r.count, r.start += r.stride, r.done = 0;
+    }
+  }
+
+ private:
+  static constexpr int kRegions = 8, kLines = 20, kLineBytes = 64;
+  struct Region {
+    const char* start;
+    int64_t bytes, count, stride, done;
+  };
+  Region region_[kRegions];
+  int regions_ = 0, current_ = 0;
+};
+
 // One operand: element (i, k) at data[i * row + k * column].
 template <class T>
 struct Operand {
@@ -27,9 +63,10 @@ struct Operand {
   int64_t row, column;
 };
 
+// `top`, if not null, collects the largest value of each column, [vectors * lanes].
 template <int I, int X, class T>
 DAT_INLINE void gemm_block(bool accumulate, int depth, Operand<T> a, const T* b, int64_t ldb, T* c,
-                           int64_t ldc) {
+                           int64_t ldc, T* top) {
   constexpr int L = kLanes<T>;
   Vec<T> sum[I][X];
 #pragma GCC unroll 16
@@ -51,6 +88,14 @@ DAT_INLINE void gemm_block(bool accumulate, int depth, Operand<T> a, const T* b,
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
     for (int x = 0; x < X; ++x) store(c + i * ldc + x * L, sum[i][x]);
+  if (!top) return;
+#pragma GCC unroll 4
+  for (int x = 0; x < X; ++x) {
+    Vec<T> largest = load(top + x * L);
+#pragma GCC unroll 16
+    for (int i = 0; i < I; ++i) largest = maximum(largest, sum[i][x]);
+    store(top + x * L, largest);
+  }
 }
 
 // Part `index` of `total` split evenly into `parts`: where it starts (part parts is the end).
@@ -60,38 +105,41 @@ DAT_INLINE int split_point(int total, int parts, int index) {
 
 template <int I, int X, class T>
 DAT_INLINE void gemm_rows(bool accumulate, int rows, int depth, Operand<T> a, const T* b,
-                          int64_t ldb, T* c, int64_t ldc) {
+                          int64_t ldb, T* c, int64_t ldc, T* top) {
   if (rows == I) {
-    gemm_block<I, X>(accumulate, depth, a, b, ldb, c, ldc);
+    gemm_block<I, X>(accumulate, depth, a, b, ldb, c, ldc, top);
   } else if constexpr (I > 1) {
-    gemm_rows<I - 1, X>(accumulate, rows, depth, a, b, ldb, c, ldc);
+    gemm_rows<I - 1, X>(accumulate, rows, depth, a, b, ldb, c, ldc, top);
   }
 }
 
 template <int I, int X, class T>
 DAT_INLINE void gemm_columns(bool accumulate, int rows, int vectors, int depth, Operand<T> a,
-                             const T* b, int64_t ldb, T* c, int64_t ldc) {
+                             const T* b, int64_t ldb, T* c, int64_t ldc, T* top,
+                             Prefetch* prefetch) {
   if (vectors == X) {
     const int parts = (rows + I - 1) / I;
     for (int part = 0; part < parts; ++part) {
       const int i = split_point(rows, parts, part), end = split_point(rows, parts, part + 1);
       const Operand<T> ai = {a.data + i * a.row, a.row, a.column};
-      gemm_rows<I, X>(accumulate, end - i, depth, ai, b, ldb, c + i * ldc, ldc);
+      gemm_rows<I, X>(accumulate, end - i, depth, ai, b, ldb, c + i * ldc, ldc, top);
+      if (prefetch) prefetch->step();
     }
   } else if constexpr (X > 1) {
-    gemm_columns<I, X - 1>(accumulate, rows, vectors, depth, a, b, ldb, c, ldc);
+    gemm_columns<I, X - 1>(accumulate, rows, vectors, depth, a, b, ldb, c, ldc, top, prefetch);
   }
 }
 
 // c: rows x (vectors * lanes); a: rows x depth; b: depth x (vectors * lanes).
 template <int I, int X, class T>
 DAT_INLINE void gemm(bool accumulate, int rows, int vectors, int depth, Operand<T> a, const T* b,
-                     int64_t ldb, T* c, int64_t ldc) {
+                     int64_t ldb, T* c, int64_t ldc, T* top = nullptr,
+                     Prefetch* prefetch = nullptr) {
   const int parts = (vectors + X - 1) / X;
   for (int part = 0; part < parts; ++part) {
     const int x = split_point(vectors, parts, part), end = split_point(vectors, parts, part + 1);
     gemm_columns<I, X>(accumulate, rows, end - x, depth, a, b + x * kLanes<T>, ldb,
-                       c + x * kLanes<T>, ldc);
+                       c + x * kLanes<T>, ldc, top ? top + x * kLanes<T> : nullptr, prefetch);
   }
 }
 

@@ -2,36 +2,23 @@
 // windows that leave the padded table.
 //
 // For a fixed key the bias over the query lattice is separable (math/grid.h, table_axis): each query
-// row lies between two table rows, each query column between two table columns. So the table rows a
-// tile needs are first expanded along x, to one value and one x-derivative per query column, and
-// then blended along y: no gather per query, and an expanded row serves every query row that meets
-// it. The backward runs the same two steps transposed.
+// row lies between two table rows, each query column between two table columns. So the table rows
+// that a tile can reach are first expanded along x, to one value per query column, and then blended
+// along y: no gather per query, and an expanded row serves every query row that meets it. The
+// backward runs the two steps transposed, as products with matrices of hat functions. Everything
+// goes by one vector of query columns at a time.
 #pragma once
 
 #include "table.h"
 
 namespace dat::cpu::DAT_SIMD {
 
-constexpr int kMaxSlots = 2 * kMaxRows;
-
-// What one key sees of the table across one tile.
+// Table rows from the first that a tile meets, one a slot; as many for each key of a call, so that
+// all take the same steps.
 template <class T>
-struct Window {
-  static constexpr int kVectors = kMaxQueries / kLanes<T> + 1;
-
-  // Query row r lies between the expanded rows at first[r] and first[r] + stride.
-  int slots, stride;
-  const T* table_row[kMaxSlots];
-  int first[kMaxRows];
-  T fraction_y[kMaxRows + kLanes<T>];
-
-  // Columns, by vectors of queries: lane l lies between cells base + index[l] and the next one.
-  int vectors;
-  int64_t base[kVectors];
-  int span[kVectors];  // index[last lane] + 1
-  IVec<T> index[kVectors];
-  Vec<T> fraction_x[kVectors];
-};
+DAT_INLINE int reachable_rows(const TableAxis<T>& axis, int64_t rows) {
+  return int(axis.slope * T(rows - 1)) + 3;
+}
 
 // cell_of, by vectors, at lattice points first, first + 1, ..
 template <class T>
@@ -46,39 +33,48 @@ DAT_INLINE void cells_of(const TableAxis<T>& axis, int64_t first, T shift, IVec<
   fraction = t - __builtin_convertvector(cell, Vec<T>);
 }
 
+// Where the query rows of a tile meet the table: row r lies between slots slot[r] and slot[r] + 1,
+// and slot 0 is table row `start`.
 template <class T>
-DAT_INLINE void locate(const PaddedTable<T>& table, const Tile& tile, T pos_y, T pos_x,
-                       Window<T>& w) {
-  constexpr int L = kLanes<T>;
-  Int<T> cell[kMaxRows + L];
-  for (int r = 0; r < tile.rows; r += L) {
-    IVec<T> cells;
-    Vec<T> fraction;
-    cells_of(table.y, tile.row + r, table.y.shift(pos_y), cells, fraction);
-    std::memcpy(cell + r, &cells, sizeof cells);
-    store(w.fraction_y + r, fraction);
-  }
-  w.vectors = int(ceil_div(tile.columns, L));
-  w.stride = w.vectors * L;
-  // A slot for each table row that a tile of this height can reach, so that all keys take the same
-  // number of steps; or two for each query row if those are fewer.
-  const int64_t last = table.y.size + 1;
-  const int reach = int(table.y.slope * T(tile.rows - 1)) + 3;
-  const bool dense = reach <= 2 * tile.rows;
-  w.slots = dense ? reach : 2 * tile.rows;
-  for (int r = 0; r < tile.rows; ++r) w.first[r] = (dense ? int(cell[r] - cell[0]) : 2 * r) * w.stride;
-  for (int slot = 0; slot < w.slots; ++slot)
-    w.table_row[slot] =
-        table.row(std::min<int64_t>(last, dense ? cell[0] + slot : cell[slot / 2] + slot % 2));
+struct RowWindow {
+  int64_t start;
+  Int<T> slot[kMaxRows + kLanes<T>];
+  T fraction[kMaxRows + kLanes<T>];
 
-  for (int v = 0; v < w.vectors; ++v) {
-    IVec<T> cells;
-    cells_of(table.x, tile.column + v * L, table.x.shift(pos_x), cells, w.fraction_x[v]);
-    w.base[v] = cells[0];
-    w.index[v] = cells - cells[0];
-    w.span[v] = int(w.index[v][L - 1]) + 1;
+  DAT_INLINE RowWindow(const PaddedTable<T>& table, const Tile& tile, T pos_y) {
+    const T shift = table.y.shift(pos_y);
+    for (int r = 0; r < tile.rows; r += kLanes<T>) {
+      IVec<T> cells;
+      Vec<T> fractions;
+      cells_of(table.y, tile.row + r, shift, cells, fractions);
+      if (r == 0) start = cells[0];
+      cells -= Int<T>(start);
+      std::memcpy(slot + r, &cells, sizeof cells);
+      store(fraction + r, fractions);
+    }
   }
-}
+  // The rows past the table's far padding are like its last one.
+  DAT_INLINE const T* table_row(const PaddedTable<T>& table, int index) const {
+    return table.row(std::min(start + index, table.y.size + 1));
+  }
+};
+
+// Where a vector of query columns meets the table: lane l between cells base + index[l] and the next.
+template <class T>
+struct ColumnWindow {
+  int64_t base;
+  IVec<T> index;
+  Vec<T> fraction;
+  int span;  // index[last lane] + 1
+
+  DAT_INLINE ColumnWindow(const PaddedTable<T>& table, int64_t first, T pos_x) {
+    IVec<T> cells;
+    cells_of(table.x, first, table.x.shift(pos_x), cells, fraction);
+    base = cells[0];
+    index = cells - cells[0];
+    span = int(index[kLanes<T> - 1]) + 1;
+  }
+};
 
 // Value and x-derivative of a table row at a vector of query columns.
 template <class T>
@@ -87,95 +83,99 @@ struct Expanded {
 };
 
 template <class T>
-DAT_INLINE Expanded<T> expand(const T* row, const Window<T>& w, int v) {
+DAT_INLINE Expanded<T> expand(const T* row, const ColumnWindow<T>& w) {
   constexpr int L = kLanes<T>;
+  const T* cells = row + w.base;
   Vec<T> left, right;
-  const T* cells = row + w.base[v];
-  if (w.span[v] < 2 * L) {
+  if (w.span < 2 * L) {
     const Vec<T> a = load(cells), b = load(cells + L);
-    left = permute2<T>(a, b, w.index[v]);
-    right = permute2<T>(a, b, w.index[v] + 1);
+    left = permute2<T>(a, b, w.index);
+    right = permute2<T>(a, b, w.index + 1);
   } else {
-    for (int l = 0; l < L; ++l) left[l] = cells[w.index[v][l]], right[l] = cells[w.index[v][l] + 1];
+    for (int l = 0; l < L; ++l) left[l] = cells[w.index[l]], right[l] = cells[w.index[l] + 1];
   }
-  return {lerp(left, right, w.fraction_x[v]), right - left};
+  return {lerp(left, right, w.fraction), right - left};
 }
 
-// Size of a buffer of expanded rows, [slot][query column]: a tile has at most twice as many slots as
-// rows, and a row is filled up to whole vectors.
-template <class T>
-constexpr int64_t kSlotBuffer = 2 * kMaxQueries + int64_t(kMaxSlots) * kLanes<T>;
-
-// s[query] = bias for one key, in the units of the padded table.
-template <class T>
-__attribute__((noinline)) void lattice_bias(const PaddedTable<T>& table, const Tile& tile, T pos_y,
-                                            T pos_x, T* rows, T* s) {
-  constexpr int L = kLanes<T>;
-  Window<T> w;
-  locate(table, tile, pos_y, pos_x, w);
-  for (int slot = 0; slot < w.slots; ++slot)
-    for (int v = 0; v < w.vectors; ++v)
-      store(rows + slot * w.stride + v * L, expand(w.table_row[slot], w, v).value);
-  // Rows are written in order: what the last vector of one spills over, the next overwrites.
-  for (int r = 0; r < tile.rows; ++r) {
-    const T *above = rows + w.first[r], *below = above + w.stride;
-    const Vec<T> f = splat(w.fraction_y[r]);
-    for (int v = 0; v < w.vectors; ++v)
-      store(s + r * tile.columns + v * L, lerp(load(above + v * L), load(below + v * L), f));
-  }
-}
-
-// Scratch of lattice_bias_backward.
 template <class T>
 struct LatticeWork {
-  T *value, *slope;  // expanded rows, [slot][query column]
-  T* grad;           // their gradient, the same
-  T* hat;            // [lane][2 * lanes]: weights of cells for one vector of columns
+  T *value, *step;   // expanded rows and their difference to the next, [slot][lane]
+  T *slope, *grad;   // x-derivative of the rows, and the rows' gradient, [slot][lane]
+  T* hat_y;          // [query row][slot]
+  T* hat_x;          // [lane][2 * lanes]
   T* cells;          // [slot][2 * lanes]
 
   explicit LatticeWork(Arena& arena)
-      : value(arena.take<T>(kSlotBuffer<T>)),
-        slope(arena.take<T>(kSlotBuffer<T>)),
-        grad(arena.take<T>(kSlotBuffer<T>)),
-        hat(arena.take<T>(2 * kLanes<T> * kLanes<T>)),
+      : value(arena.take<T>(kMaxSlots * kLanes<T>)),
+        step(arena.take<T>(kMaxSlots * kLanes<T>)),
+        slope(arena.take<T>(kMaxSlots * kLanes<T>)),
+        grad(arena.take<T>(kMaxSlots * kLanes<T>)),
+        hat_y(arena.take<T>(kMaxRows * kMaxSlots)),
+        hat_x(arena.take<T>(2 * kLanes<T> * kLanes<T>)),
         cells(arena.take<T>(2 * kLanes<T> * kMaxSlots)) {}
 };
 
-// Gradients of expanded rows to the table's gradient, which lies `to_grad` elements behind the table:
-// one vector of columns at a time, a product with the matrix of hat functions, or value by value
-// where the columns lie far apart.
+// s[query] = bias for one key, in the units of the padded table.
 template <class T>
-__attribute__((noinline)) void scatter_columns(const Window<T>& w, int v, int64_t to_grad,
-                                               const LatticeWork<T>& work) {
+DAT_INLINE void lattice_bias(const PaddedTable<T>& table, const Tile& tile, T pos_y, T pos_x,
+                             const LatticeWork<T>& work, T* s) {
   constexpr int L = kLanes<T>;
-  const T* column = work.grad + v * L;
-  const auto cells = [&](int slot) {
-    return const_cast<T*>(w.table_row[slot]) + to_grad + w.base[v];
-  };
-  if (w.span[v] >= 2 * L) {
-    for (int slot = 0; slot < w.slots; ++slot)
-      for (int l = 0; l < L; ++l) {
-        const T g = column[slot * w.stride + l], f = w.fraction_x[v][l];
-        T* cell = cells(slot) + w.index[v][l];
+  const int slots = reachable_rows(table.y, tile.rows);
+  const RowWindow<T> rows(table, tile, pos_y);
+  // From the right: what the last vector of a row spills over, the next row's first overwrites.
+  for (int v = int(ceil_div(tile.columns, L)) - 1; v >= 0; --v) {
+    const ColumnWindow<T> columns(table, tile.column + v * L, pos_x);
+    Vec<T> above{};
+    for (int slot = 0; slot < slots; ++slot) {
+      const Vec<T> value = expand(rows.table_row(table, slot), columns).value;
+      store(work.value + slot * L, value);
+      if (slot) store(work.step + (slot - 1) * L, value - above);
+      above = value;
+    }
+    T* to = s + v * L;
+    for (int r = 0; r < tile.rows; ++r, to += tile.columns) {
+      const int64_t at = int64_t(rows.slot[r]) * L;
+      store(to, load(work.value + at) + splat(rows.fraction[r]) * load(work.step + at));
+    }
+  }
+}
+
+// A row of a matrix of hat functions: max(0, 1 - |t - x|) at x = 0, 1, .., `vectors` of them.
+template <class T>
+DAT_INLINE void store_hat(T t, int vectors, T* hat) {
+  Vec<T> x = __builtin_convertvector(lane_index<T>(), Vec<T>) - t;
+  for (int i = 0; i < vectors; ++i, x += T(kLanes<T>), hat += kLanes<T>)
+    store(hat, maximum(T(1) - absolute<T>(x), Vec<T>{}));
+}
+
+// Gradients of expanded rows (work.grad, `count` columns) to the table's gradient: a product with
+// the hat functions of the columns, or value by value where the columns lie far apart.
+template <class T>
+DAT_INLINE void scatter_columns(const PaddedTable<T>& grad_table, const RowWindow<T>& rows,
+                                const ColumnWindow<T>& w, int slots, int count,
+                                const LatticeWork<T>& work) {
+  constexpr int L = kLanes<T>;
+  if (w.span >= 2 * L) {
+    for (int slot = 0; slot < slots; ++slot)
+      for (int l = 0; l < count; ++l) {
+        const T g = work.grad[slot * L + l], f = w.fraction[l];
+        T* cell = const_cast<T*>(rows.table_row(grad_table, slot)) + w.base + w.index[l];
         cell[0] += (1 - f) * g;
         cell[1] += f * g;
       }
     return;
   }
-  const int vectors = w.span[v] < L ? 1 : 2;
-  for (int l = 0; l < L; ++l) {
-    T* hat = work.hat + l * 2 * L;
-    for (int x = 0; x < vectors; ++x) store(hat + x * L, Vec<T>{});
-    hat[w.index[v][l]] = 1 - w.fraction_x[v][l];
-    hat[w.index[v][l] + 1] = w.fraction_x[v][l];
-  }
-  gemm<kBlockRows, 2>(false, w.slots, vectors, L, Operand<T>{column, w.stride, 1}, work.hat, 2 * L,
+  const int vectors = w.span < L ? 1 : 2;
+  T t[L];
+  store(t, __builtin_convertvector(w.index, Vec<T>) + w.fraction);
+  for (int l = 0; l < count; ++l) store_hat(t[l], vectors, work.hat_x + l * 2 * L);
+  gemm<kBlockRows, 2>(false, slots, vectors, count, Operand<T>{work.grad, L, 1}, work.hat_x, 2 * L,
                       work.cells, 2 * L);
-  for (int slot = 0; slot < w.slots; ++slot)
-    for (int x = 0; x < vectors; ++x) {
-      T* cell = cells(slot) + x * L;
-      store(cell, load(cell) + load(work.cells + slot * 2 * L + x * L));
-    }
+  for (int slot = 0; slot < slots; ++slot) {
+    T* cell = const_cast<T*>(rows.table_row(grad_table, slot)) + w.base;
+    for (int x = 0; x < vectors * L; x += L)
+      store(cell + x, load(cell + x) + load(work.cells + slot * 2 * L + x));
+  }
 }
 
 // From the scores' gradient for one key: adds to the table's gradient and, by lanes, to the
@@ -187,37 +187,35 @@ __attribute__((noinline)) void lattice_bias_backward(const PaddedTable<T>& table
                                                      const T* ds, const LatticeWork<T>& work,
                                                      T* along_pos) {
   constexpr int L = kLanes<T>;
-  Window<T> w;
-  locate(table, tile, pos_y, pos_x, w);
-  for (int slot = 0; slot < w.slots; ++slot)
-    for (int v = 0; v < w.vectors; ++v) {
-      const Expanded<T> e = expand(w.table_row[slot], w, v);
-      const int at = slot * w.stride + v * L;
-      store(work.value + at, e.value);
-      store(work.slope + at, e.slope);
-      store(work.grad + at, Vec<T>{});
+  const int slots = reachable_rows(table.y, tile.rows);
+  const RowWindow<T> rows(table, tile, pos_y);
+  for (int r = 0; r < tile.rows; ++r)
+    store_hat(T(rows.slot[r]) + rows.fraction[r], int(ceil_div(slots, L)),
+              work.hat_y + r * kMaxSlots);
+  for (int v = 0; v * L < tile.columns; ++v) {
+    const ColumnWindow<T> columns(table, tile.column + v * L, pos_x);
+    const int count = std::min(L, tile.columns - v * L);
+    Vec<T> above{};
+    for (int slot = 0; slot < slots; ++slot) {
+      const Expanded<T> e = expand(rows.table_row(table, slot), columns);
+      store(work.slope + slot * L, e.slope);
+      if (slot) store(work.step + (slot - 1) * L, e.value - above);
+      above = e.value;
     }
-  const IVec<T> in_last = lane_index<T>() < Int<T>(tile.columns - (w.vectors - 1) * L);
-  Vec<T> along_y = load(along_pos), along_x = load(along_pos + L);
-  for (int r = 0; r < tile.rows; ++r) {
-    const Vec<T> f = splat(w.fraction_y[r]);
-    for (int v = 0; v < w.vectors; ++v) {
-      Vec<T> d = load(ds + r * tile.columns + v * L);
-      if (v == w.vectors - 1) d = in_last ? d : Vec<T>{};
-      const T* value = work.value + w.first[r] + v * L;
-      T* g = work.grad + w.first[r] + v * L;
-      along_y += d * (load(value + w.stride) - load(value));
-      const Vec<T> below = d * f;
-      store(g, load(g) + (d - below));
-      store(g + w.stride, load(g + w.stride) + below);
-    }
+    // Lanes past the last column hold other rows' gradients up to here.
+    const T* d = ds + v * L;
+    gemm<kBlockRows, 1>(false, slots, 1, tile.rows, Operand<T>{work.hat_y, 1, kMaxSlots}, d,
+                        tile.columns, work.grad, L);
+    Vec<T> along_y{}, along_x{};
+    for (int r = 0; r < tile.rows; ++r)
+      along_y += load(d + r * tile.columns) * load(work.step + int64_t(rows.slot[r]) * L);
+    for (int slot = 0; slot < slots; ++slot)
+      along_x += load(work.grad + slot * L) * load(work.slope + slot * L);
+    const IVec<T> inside = lane_index<T>() < Int<T>(count);
+    store(along_pos, load(along_pos) + (inside ? along_y : Vec<T>{}));
+    store(along_pos + L, load(along_pos + L) + (inside ? along_x : Vec<T>{}));
+    scatter_columns(grad_table, rows, columns, slots, count, work);
   }
-  for (int i = 0; i < w.slots * w.stride; i += L)
-    along_x += load(work.grad + i) * load(work.slope + i);
-  store(along_pos, along_y);
-  store(along_pos + L, along_x);
-  const int64_t to_grad = grad_table.cells - table.cells;
-  for (int v = 0; v < w.vectors; ++v) scatter_columns(w, v, to_grad, work);
 }
 
 }  // namespace dat::cpu::DAT_SIMD

@@ -45,29 +45,40 @@ struct UnitCell {
   T fraction_y, fraction_x;
 };
 
+// The cells of all keys of one head and image, and the range they span.
 template <class T>
-void unit_cells(const PaddedTable<T>& table, const T* pos, int64_t keys, UnitCell<T>* cells) {
-  // Beyond any table; NaN and what is farther away end there, too.
-  constexpr T kFar = T(1 << 26);
-  const auto locate = [](T t, int& index, T& fraction) {
-    const bool near = std::abs(t) < kFar;
-    const T floored = std::floor(t);
-    index = int(near ? floored : kFar), fraction = t - floored;
-  };
-  for (int64_t n = 0; n < keys; ++n) {
-    locate(table.y.shift(pos[2 * n]), cells[n].row, cells[n].fraction_y);
-    locate(table.x.shift(pos[2 * n + 1]), cells[n].column, cells[n].fraction_x);
-  }
-}
+struct UnitCells {
+  UnitCell<T>* cell;  // [N]
+  int first_row, last_row, first_column, last_column;
 
-// Whether all that a tile sees of the table from there is within its padding.
-template <class T>
-DAT_INLINE bool in_reach(const PaddedTable<T>& table, const Tile& tile, const UnitCell<T>& cell) {
-  constexpr int64_t kPadRows = PaddedTable<T>::kPadRows, kPad = PaddedTable<T>::kPadColumns;
-  const int64_t row = cell.row + tile.row, column = cell.column + tile.column;
-  return row >= -kPadRows && row + tile.rows < table.y.size + kPadRows && column >= -kPad &&
-         column + round_up<T>(tile.columns + 1) + 1 <= table.x.size + kPad;
-}
+  UnitCells(Arena& arena, int64_t keys) : cell(arena.take<UnitCell<T>>(keys)) {}
+
+  void read(const PaddedTable<T>& table, const T* pos, int64_t keys) {
+    // Beyond any table; NaN and what is farther away end there, too.
+    constexpr T kFar = T(1 << 26);
+    const auto locate = [](T t, int& index, T& fraction) {
+      const T floored = std::floor(t);
+      index = int(std::abs(t) < kFar ? floored : kFar), fraction = t - floored;
+    };
+    first_row = first_column = int(kFar), last_row = last_column = -int(kFar);
+    for (int64_t n = 0; n < keys; ++n) {
+      UnitCell<T>& c = cell[n];
+      locate(table.y.shift(pos[2 * n]), c.row, c.fraction_y);
+      locate(table.x.shift(pos[2 * n + 1]), c.column, c.fraction_x);
+      first_row = std::min(first_row, c.row), last_row = std::max(last_row, c.row);
+      first_column = std::min(first_column, c.column);
+      last_column = std::max(last_column, c.column);
+    }
+  }
+
+  // Whether all that a tile sees of the table, from any key, is within the padding.
+  bool in_reach(const PaddedTable<T>& table, const Tile& tile) const {
+    constexpr int64_t kPadRows = PaddedTable<T>::kPadRows, kPad = PaddedTable<T>::kPadColumns;
+    return first_row + tile.row >= -kPadRows && first_column + tile.column >= -kPad &&
+           last_row + tile.row + tile.rows < table.y.size + kPadRows &&
+           last_column + tile.column + round_up<T>(tile.columns + 1) + 1 <= table.x.size + kPad;
+  }
+};
 
 // s[n][query] = bias, in the units of the padded table, for X vectors of columns from `first` on.
 // Rows are written in order, and blocks of columns from the right: what the last vector of a row

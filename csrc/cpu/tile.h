@@ -16,6 +16,7 @@ namespace dat::cpu::DAT_SIMD {
 
 constexpr int kMaxQueries = 256;  // of a tile
 constexpr int kMaxRows = 32;      // of a tile
+constexpr int kMaxSlots = 64;     // table rows that a tile reaches, at slopes other than 1
 constexpr int kKeyTile = 64;      // keys worked on at a time
 // An odd number of cache lines, so that the rows of a tile buffer spread over the cache's sets.
 template <class T>
@@ -64,9 +65,10 @@ TileGrid choose_tiles(const AttentionShape& shape) {
       const int64_t rows = ceil_div(shape.height, down), queries = rows * columns;
       if (queries > kMaxQueries) continue;
       const double vectors = double(ceil_div(columns, kLanes<T>));
-      const double slots = std::min(double(rows) * double(y.slope) + 2, 2.0 * double(rows));
+      const double slots = double(rows - 1) * double(y.slope) + 3;
+      if (slots > kMaxSlots) continue;
       const double bias = unit ? vectors * (7 * double(rows) + 10)
-                               : vectors * (5 * double(rows) + 8 * slots + 20) + 4 * double(rows);
+                               : vectors * (5 * double(rows) + 10 * slots + 20) + 20;
       const double products = double(ceil_div(queries, kLanes<T>)) * (2 * d + 20);
       const double runs = across == 1 ? 1 : double(rows);
       const double copies = 2 * d * runs * 20 / double(shape.keys);
@@ -156,6 +158,25 @@ __attribute__((noinline)) void write_tile(const T* from, const T* scale, const T
     });
 }
 
+// Announces a tile's, or a list of keys', memory.
+template <class S>
+void prefetch_tile(Prefetch& prefetch, const S* head, const MapView& map, const Tile& tile,
+                   int channels) {
+  if (map.column != 1) return;
+  const int64_t size = sizeof(S), channel = map.channel * size;
+  if (map.row == tile.columns)
+    return prefetch.add(head + tile.row * map.row, tile.queries() * size, channels, channel);
+  for (int r = 0; r < std::min(tile.rows, 4); ++r)
+    prefetch.add(head + (tile.row + r) * map.row + tile.column, tile.columns * size, channels,
+                 channel);
+}
+template <class S>
+void prefetch_keys(Prefetch& prefetch, const S* head, const MapView& map, int64_t keys,
+                   int channels) {
+  const int64_t size = sizeof(S);
+  if (map.column == 1) prefetch.add(head, keys * size, channels, map.channel * size);
+}
+
 // Keys or values of one head as [key tile][channel][key_stride]; what follows the last key is never
 // read.
 DAT_INLINE int key_stride(int64_t keys) { return int(std::min<int64_t>(keys, kKeyTile)); }
@@ -174,27 +195,29 @@ __attribute__((noinline)) void read_keys(const S* head, const MapView& map, int6
 }
 
 // The products of attention on one tile: `keys` of one key tile, `vectors` of queries.
-//   s[n][m] (+)= sum over c of k[c][n] * q[c][m]
+//   s[n][m] (+)= sum over c of k[c][n] * q[c][m];  top[m] = max(top[m], s[n][m])
 template <class T>
 __attribute__((noinline)) void multiply_keys(bool accumulate, int keys, int vectors, int channels,
-                                             const T* k, int k_stride, const T* q, T* s) {
+                                             const T* k, int k_stride, const T* q, T* s, T* top,
+                                             Prefetch& prefetch) {
   gemm<kBlockRows, kBlockVectors>(accumulate, keys, vectors, channels,
-                                  Operand<T>{k, 1, k_stride}, q, kLd<T>, s, kLd<T>);
+                                  Operand<T>{k, 1, k_stride}, q, kLd<T>, s, kLd<T>, top, &prefetch);
 }
 //   o[c][m] (+)= sum over n of v[c][n] * p[n][m]
 template <class T>
 __attribute__((noinline)) void multiply_values(bool accumulate, int keys, int vectors,
                                                int channels, const T* v, int v_stride, const T* p,
-                                               T* o) {
+                                               T* o, Prefetch& prefetch) {
   gemm<kBlockRows, kBlockVectors>(accumulate, channels, vectors, keys, Operand<T>{v, v_stride, 1},
-                                  p, kLd<T>, o, kLd<T>);
+                                  p, kLd<T>, o, kLd<T>, static_cast<T*>(nullptr), &prefetch);
 }
-//   g[n][c] += sum over m of p[n][m] * o[m][c], with padded channels
+//   g[n][c] = sum over m of p[n][m] * o[m][c], with padded channels
 template <class T>
 __attribute__((noinline)) void multiply_queries(int keys, int queries, int64_t padded, const T* p,
-                                                const T* o, T* g) {
-  gemm<kTallRows, kTallVectors>(true, keys, int(padded / kLanes<T>), queries,
-                                Operand<T>{p, kLd<T>, 1}, o, padded, g, padded);
+                                                const T* o, T* g, Prefetch& prefetch) {
+  gemm<kTallRows, kTallVectors>(false, keys, int(padded / kLanes<T>), queries,
+                                Operand<T>{p, kLd<T>, 1}, o, padded, g, padded,
+                                static_cast<T*>(nullptr), &prefetch);
 }
 
 }  // namespace dat::cpu::DAT_SIMD

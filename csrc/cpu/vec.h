@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "../math/softmax.h"
 
@@ -67,10 +68,14 @@ DAT_INLINE IVec<T> lane_index() {
   for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
   return v;
 }
-// The larger; where b is NaN, a.
+// The larger; where either is NaN, a.
 template <class V>
 DAT_INLINE V maximum(V a, V b) {
   return b > a ? b : a;
+}
+template <class T>
+DAT_INLINE Vec<T> absolute(Vec<T> x) {
+  return (Vec<T>)((IVec<T>)x & std::numeric_limits<Int<T>>::max());
 }
 template <class T>
 DAT_INLINE T lane_sum(Vec<T> v) {
@@ -100,8 +105,7 @@ DAT_INLINE Vec<T> exp2(Vec<T> x) {
   constexpr Int<T> kBias = sizeof(T) == 4 ? 127 : 1023;
   // Adding this rounds to an integer, whose biased form is left in the low bits.
   constexpr T kMagic = T(Int<T>(3) << (kMantissa - 1)) + kBias;
-  const Vec<T> lowest = splat(T(-kBias));
-  x = x < lowest ? lowest : x;
+  x = maximum(x, splat(T(-kBias)));
   const Vec<T> rounded = x + kMagic;
   const IVec<T> power = (IVec<T>)rounded << kMantissa;
   return exp2_fraction<T>(x - (rounded - kMagic)) * (Vec<T>)power;
@@ -119,33 +123,48 @@ DAT_INLINE Vec<T> log2(Vec<T> x) {
   return __builtin_convertvector(power, Vec<T>) + log2_ratio<T>(z);
 }
 
+#if !defined(__clang__)
+// Exchanges, between rows that are Half apart, the lanes whose index differs in bit Half.
+template <int Half, class T>
+DAT_INLINE void exchange_lanes(Vec<T>* rows) {
+  constexpr int L = kLanes<T>;
+  struct Lanes {
+    Int<T> even[L], odd[L];
+    constexpr Lanes() : even(), odd() {
+      for (int i = 0; i < L; ++i) {
+        even[i] = i & Half ? L + i - Half : i;
+        odd[i] = i & Half ? L + i : i + Half;
+      }
+    }
+  };
+  static constexpr Lanes lanes;
+  const auto even = load_as<IVec<T>>(lanes.even), odd = load_as<IVec<T>>(lanes.odd);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (i & Half) continue;
+    const Vec<T> a = rows[i], b = rows[i + Half];
+    rows[i] = __builtin_shuffle(a, b, even);
+    rows[i + Half] = __builtin_shuffle(a, b, odd);
+  }
+}
+#endif
+
 // Transposes a block of lanes x lanes: to[j * to_stride + i] = from[i * from_stride + j].
 template <class T>
 DAT_INLINE void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   constexpr int L = kLanes<T>;
   Vec<T> rows[L];
+#pragma GCC unroll 16
   for (int i = 0; i < L; ++i) rows[i] = load(from + i * from_stride);
 #if defined(__clang__)
   for (int i = 0; i < L; ++i)
     for (int j = 0; j < L; ++j) to[j * to_stride + i] = rows[i][j];
 #else
-  // Stage s exchanges, between rows that are 2^s apart, the lanes whose index differs in bit s.
-#pragma GCC unroll 4
-  for (int half = 1; half < L; half *= 2) {
-    IVec<T> even, odd;
-    for (int lane = 0; lane < L; ++lane) {
-      const bool upper = lane & half;
-      even[lane] = upper ? L + lane - half : lane;
-      odd[lane] = upper ? L + lane : lane + half;
-    }
+  exchange_lanes<1, T>(rows);
+  if constexpr (L > 2) exchange_lanes<2, T>(rows);
+  if constexpr (L > 4) exchange_lanes<4, T>(rows);
+  if constexpr (L > 8) exchange_lanes<8, T>(rows);
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) {
-      if (i & half) continue;
-      const Vec<T> a = rows[i], b = rows[i + half];
-      rows[i] = __builtin_shuffle(a, b, even);
-      rows[i + half] = __builtin_shuffle(a, b, odd);
-    }
-  }
   for (int i = 0; i < L; ++i) store(to + i * to_stride, rows[i]);
 #endif
 }

@@ -1,0 +1,258 @@
+"""Inputs of the two operators for their tests, and the rule by which results are compared.
+
+Results are held to dat_cuda.reference in float64. What a dtype costs is measured, not guessed: see
+`assert_as_accurate`.
+"""
+
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import naive
+import torch
+
+from dat_cuda import reference
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+VERSIONS = ("dat", "dat++")
+LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "shifted", "expanded")
+
+# Gradients of positions jump at cell borders: tests stay this far (in cells) away from them, which
+# is more than float32 coordinates on maps of some dozen cells are off by.
+MARGIN = 1e-3
+
+
+def pairwise(**axes):
+    """Combinations of values of all axes, in which every pair of values of two axes occurs."""
+    choose = random.Random(0)
+    names = list(axes)
+    pairs = [
+        {(a, x), (b, y)}
+        for a, b in combinations(range(len(names)), 2)
+        for x, y in product(range(len(axes[names[a]])), range(len(axes[names[b]])))
+    ]
+    missing = {frozenset(pair) for pair in pairs}
+    rows = []
+    while missing:
+        wanted = dict(min(missing, key=sorted))
+        rows_tried = []
+        for _ in range(20):
+            row = [wanted.get(i, choose.randrange(len(axes[name]))) for i, name in enumerate(names)]
+            found = missing & {frozenset(pair) for pair in combinations(enumerate(row), 2)}
+            rows_tried.append((len(found), row, found))
+        _, row, found = max(rows_tried, key=lambda tried: tried[0])
+        missing -= found
+        rows.append({name: axes[name][value] for name, value in zip(names, row, strict=True)})
+    return rows
+
+
+def describe(case):
+    """A test's name from its case."""
+    words = (getattr(case, name) for name in case.__dataclass_fields__)
+    return "-".join(
+        "x".join(map(str, word)) if isinstance(word, tuple) else str(word).removeprefix("torch.")
+        for word in words
+    )
+
+
+def coordinate_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def relayout(tensor, layout):
+    """The same values with other strides; memory in between holds NaN. `expanded` keeps only the
+    first values along the first dimension."""
+    if layout == "channels_last" and tensor.dim() > 2:
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced":
+        return torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1)[..., 0]
+    if layout == "shifted":
+        nan = tensor.new_full((1,), torch.nan)
+        return torch.cat((nan, tensor.flatten()))[1:].view(tensor.shape)
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    return tensor.contiguous()
+
+
+def redraw(draw, bad):
+    """draw(), with values that are bad(values) drawn again."""
+    values = draw()
+    for _ in range(1000):
+        again = bad(values)
+        if not again.any():
+            return values
+        values = torch.where(again, draw(), values)
+    raise AssertionError("no positions away from cell borders")
+
+
+def near_border(coordinate):
+    return (coordinate - coordinate.round()).abs() < MARGIN
+
+
+@dataclass(frozen=True)
+class SampleCase:
+    version: str
+    factor: float
+    dtype: torch.dtype
+    size: tuple
+    keys: tuple
+    channels: int  # of a group
+    groups: int
+    layout: str
+    threads: int
+
+    @property
+    def options(self):
+        return {
+            "groups": self.groups,
+            "offset_range_factor": self.factor,
+            "version": self.version,
+        }
+
+    def inputs(self, batch=2):
+        x = torch.randn(batch, self.groups * self.channels, *self.size).to(self.dtype)
+        offset = redraw(
+            lambda: torch.randn(batch * self.groups, 2, *self.keys).to(self.dtype), self._near
+        )
+        return {"x": relayout(x, self.layout), "offset": relayout(offset, self.layout)}
+
+    def grads(self, batch=2):
+        keys = self.keys[0] * self.keys[1]
+        grad_sampled = torch.randn(batch, self.groups * self.channels, keys).to(self.dtype)
+        grad_pos = torch.randn(batch, self.groups, keys, 2, dtype=coordinate_dtype(self.dtype))
+        return [relayout(grad, self.layout) for grad in (grad_sampled, grad_pos)]
+
+    def _near(self, offset):
+        """Whether an offset brings its key near the border of a cell, where that matters."""
+        offset = offset.double().requires_grad_()
+        x = torch.zeros(offset.shape[0] // self.groups, self.groups, *self.size).double()
+        _, pos = reference.deform_sample(x, offset, **self.options)
+        (slope,) = torch.autograd.grad(pos.sum(), offset)
+        pos = pos.detach().movedim(-1, 2).reshape(offset.shape)
+        cells = torch.tensor(self.size).view(2, 1, 1) - 1
+        at_clamp = (pos.abs() - 1).abs() < MARGIN
+        near = near_border((pos + 1) / 2 * cells) & (cells > 0) | at_clamp
+        return near & (slope != 0)
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    version: str
+    bias: tuple  # kind of table, dimensions of the dense bias
+    dtype: torch.dtype
+    size: tuple
+    keys: int
+    head_dim: int
+    heads: tuple  # heads, groups
+    reach: float  # of the positions
+    layout: str
+    threads: int
+
+    @property
+    def options(self):
+        return {"heads": self.heads[0], "version": self.version}
+
+    @property
+    def table(self):
+        """Size of the table: one cell a query step for dat++, fewer, more, or one cell wide."""
+        height, width = self.size
+        kinds = {
+            "unit": (2 * height - 1, 2 * width - 1),
+            "small": (6, 5),
+            "large": (6 * height + 3, 9 * width + 1),
+            "flat": (1, 2 * width + 2),
+        }
+        return kinds.get(self.bias[0])
+
+    def inputs(self, batch=2):
+        heads, groups = self.heads
+        channels, accurate = heads * self.head_dim, coordinate_dtype(self.dtype)
+        q = torch.randn(batch, channels, *self.size).to(self.dtype)
+        k, v = torch.randn(2, batch, channels, self.keys).to(self.dtype).unbind()
+        given = {"q": q, "k": k, "v": v}
+        if self.table:
+            shape = (batch, groups, self.keys, 2)
+            given["pos"] = redraw(
+                lambda: (torch.rand(shape, dtype=accurate) * 2 - 1) * self.reach, self._near
+            )
+            given["rpe_table"] = torch.randn(heads, *self.table, dtype=accurate)
+        if self.bias[1] is not None:
+            sizes = {"B": batch, "h": heads, "M": self.size[0] * self.size[1], "N": self.keys}
+            shape = [sizes.get(letter, 1) for letter in self.bias[1]]
+            given["bias"] = torch.randn(shape).to(self.dtype)
+        return {name: relayout(tensor, self.layout) for name, tensor in given.items()}
+
+    def grads(self, batch=2):
+        grad_out = torch.randn(batch, self.heads[0] * self.head_dim, *self.size).to(self.dtype)
+        return [relayout(grad_out, self.layout)]
+
+    def _near(self, pos):
+        near = []
+        for axis, (cells, length) in enumerate(zip(self.table, self.size, strict=True)):
+            grid = [naive.query_point(i, length, self.version) for i in range(length)]
+            grid = torch.tensor(grid, dtype=torch.float64)
+            t = (cells - 1) / 4 * (grid - pos[..., axis, None].double() + 2)
+            near.append(near_border(t).any(-1) & (cells > 1))
+        return torch.stack(near, -1)
+
+
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def poisoned_memory():
+    """New tensors hold NaN, so that an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(8).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run(operator, inputs, grads, **options):
+    """Outputs and gradients of an operator, by name; the inputs keep their strides."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    outputs = operator(**leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    return results | {
+        f"gradient of {name}": grad for name, grad in zip(leaves, found, strict=True)
+    }
+
+
+def run_in_float64(operator, inputs, grads, **options):
+    inputs = {name: tensor.double() for name, tensor in inputs.items()}
+    return run(operator, inputs, [grad.double() for grad in grads], **options)
+
+
+# Beside rounding in the dtype, that the reference shares, results may differ by some units in the
+# last place of the sums they come from: these have other orders, and their terms are of order one
+# or of the order of the largest result. Where coordinates reach 300 cells (or few results hide the
+# reference's own error), rounding of those is what counts.
+UNITS = 64
+
+
+def assert_as_accurate(actual, same_dtype, exact):
+    """|actual - exact| <= 2 |same_dtype - exact| + tiny, in the largest norm, for every result."""
+    assert actual.keys() == exact.keys()
+    for name, value in actual.items():
+        want, same = exact[name], same_dtype[name]
+        assert value.shape == want.shape and value.dtype == same.dtype, name
+        assert torch.isfinite(value).all(), name
+        scale = max(1.0, want.abs().max().item())
+        tiny = UNITS * torch.finfo(value.dtype).eps * scale
+        error = (value.double() - want).abs().max().item()
+        allowed = 2 * (same.double() - want).abs().max().item() + tiny
+        assert error <= allowed, f"{name} is off by {error:.3g}, allowed {allowed:.3g}"
