@@ -147,7 +147,8 @@ def run_case(
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = report.arguments(__doc__.splitlines()[0], ways.WAYS).parse_args(argv)
+    parser = report.arguments(__doc__.splitlines()[0], ways.WAYS, ways.EXTRA_WAYS)
+    options = parser.parse_args(argv)
     return report.run(options, run_case, BARS)
 
 

@@ -18,8 +18,10 @@ EXTRA_BAR_MIB = 8.0
 Row = dict[str, object]
 
 
-def arguments(description: str, implementations: Sequence[str]) -> argparse.ArgumentParser:
-    """The options that both benchmarks take."""
+def arguments(
+    description: str, implementations: Sequence[str], extra: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """The options that both benchmarks take; `extra` implementations run only when named."""
 
     def listed(known: Iterable[str]):
         def parse(text: str) -> list[str]:
@@ -37,10 +39,16 @@ def arguments(description: str, implementations: Sequence[str]) -> argparse.Argu
     add("--cases", type=listed(CASES), default=list(DEFAULT_CASES), metavar="A,B")
     add("--dtype", type=listed(DTYPES), default=["float32"], metavar="A,B")
     add("--direction", type=listed(DIRECTIONS), default=list(DIRECTIONS), metavar="A,B")
-    add("--impl", type=listed(implementations), default=list(implementations), metavar="A,B")
+    known = [*implementations, *extra]
+    add("--impl", type=listed(known), default=list(implementations), metavar=",".join(known))
     add("--threads", type=int, default=torch.get_num_threads())
     add("--repeats", type=int, default=15, help="rounds of samples, at most (default 15)")
     add("--budget-seconds", type=float, default=8.0, help="per case, dtype and direction")
+    add(
+        "--keep-freed-memory",
+        action="store_true",
+        help="have malloc keep what is freed instead of as the system does (see timing.py)",
+    )
     add("--no-memory", action="store_true", help="skip the peak memory measurement")
     add("--json", type=Path, metavar="FILE")
     add("--markdown", type=Path, metavar="FILE")
@@ -191,7 +199,8 @@ def run(
     Returns the exit status: 1 where fused failed or gave wrong numbers.
     """
     torch.set_num_threads(options.threads)
-    timing.keep_freed_memory()
+    if options.keep_freed_memory:
+        timing.keep_freed_memory()
     machine = common.machine(options.device)
     print(header(machine))
     rows = []

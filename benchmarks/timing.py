@@ -16,9 +16,9 @@ from dat_cuda import _rss
 def keep_freed_memory() -> None:
     """Make malloc keep what is freed.
 
-    glibc returns every large block to the kernel at once, and faulting the pages in again can
-    take longer than the formula; without this the ways that need gigabytes would look worse
-    than they are.
+    glibc returns every large block to the kernel at once, and faulting its pages in again can take
+    longer than the arithmetic. That is what a program meets that sets nothing, and part of the
+    price of ways that need gigabytes; with this, the arithmetic alone is compared.
     """
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # names of malloc.h

@@ -19,6 +19,7 @@ from dat_cuda import functional, reference
 Tensors = tuple[torch.Tensor, ...]
 Way = Callable[..., torch.Tensor]
 WAYS = ("fused", "reference", "compiled", "sdpa", "flex")
+EXTRA_WAYS = ("lean",)  # measured when asked for
 INPUTS = ("q", "k", "v", "pos", "rpe_table")
 
 
@@ -42,6 +43,19 @@ def _sdpa(q, k, v, pos, rpe_table, *, heads: int, version: str) -> torch.Tensor:
     bias = bias.unflatten(0, (batch, groups)).flatten(1, 2)
     q4, k4, v4 = (_heads_last(t, heads) for t in (q, k, v))
     return _image(F.scaled_dot_product_attention(q4, k4, v4, attn_mask=bias.to(q.dtype)), q)
+
+
+def _lean(q, k, v, pos, rpe_table, *, heads: int, version: str) -> torch.Tensor:
+    """The plain formula with its factors and the swap to (x, y) before the dense tensors exist."""
+    batch, groups = pos.shape[:2]
+    grid = reference.query_grid(*q.shape[2:], version, dtype=pos.dtype, device=pos.device)
+    grid = grid.flip(-1).reshape(1, -1, 1, 2) / 2 - pos.flip(-1).flatten(0, 1).unsqueeze(1) / 2
+    table = rpe_table.unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
+    bias = F.grid_sample(table.to(pos.dtype), grid, mode="bilinear", align_corners=True)
+    bias = bias.unflatten(0, (batch, groups)).flatten(1, 2)
+    q4, k4, v4 = (t.flatten(2).unflatten(1, (heads, -1)) for t in (q, k, v))
+    scores = torch.einsum("bhdm,bhdn->bhmn", q4 * q4.shape[2] ** -0.5, k4) + bias.to(q.dtype)
+    return torch.einsum("bhmn,bhdn->bhdm", scores.softmax(-1), v4).reshape(q.shape)
 
 
 def _flex(q, k, v, pos, rpe_table, *, heads: int, version: str, attention: Way) -> torch.Tensor:
@@ -85,6 +99,7 @@ def way(name: str, case: Case) -> Way:
         "fused": functional.deform_attention,
         "reference": reference.deform_attention,
         "sdpa": _sdpa,
+        "lean": _lean,
     }
     return functools.partial(plain_ways[name], **bound)
 

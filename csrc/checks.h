@@ -103,9 +103,7 @@ inline MapView map_view(const Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(1), flat ? 0 : t.stride(2), t.stride(flat ? 2 : 3)};
 }
 
-inline const void* data_or_null(const OptionalTensor& t) {
-  return t ? t->data_ptr() : nullptr;
-}
+inline const void* data_or_null(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 
 inline SampleShape check_sample(const Tensor& x, const Tensor& offset, int64_t groups,
                                 double factor, const std::string& version) {
@@ -119,9 +117,16 @@ inline SampleShape check_sample(const Tensor& x, const Tensor& offset, int64_t g
   check_size(x.size(2), "H"), check_size(x.size(3), "W");
   check_size(offset.size(2), "Hk"), check_size(offset.size(3), "Wk");
   STD_TORCH_CHECK(factor == factor, "offset_range_factor must be a number, got NaN");
-  return {x.size(0),      groups,         x.size(1), x.size(2),
-          x.size(3),      offset.size(2), offset.size(3), factor,
-          parse_version(version), feature_dtype(x, "x")};
+  return {x.size(0),
+          groups,
+          x.size(1),
+          x.size(2),
+          x.size(3),
+          offset.size(2),
+          offset.size(3),
+          factor,
+          parse_version(version),
+          feature_dtype(x, "x")};
 }
 
 inline void check_table(const Tensor& q, const Tensor& pos, const Tensor& table, int64_t heads,
@@ -156,8 +161,19 @@ inline AttentionInputs check_attention(const Tensor& q, const Tensor& k, const T
   STD_TORCH_CHECK(dropout_p == 0 || seed, "dropout needs a seed");
 
   AttentionInputs in{};
-  in.shape = {q.size(0), heads, 1, q.size(2), q.size(3), k.size(2), q.size(1) / heads, 0, 0,
-              scale, dropout_p, parse_version(version), feature_dtype(q, "q")};
+  in.shape = {q.size(0),
+              heads,
+              1,
+              q.size(2),
+              q.size(3),
+              k.size(2),
+              q.size(1) / heads,
+              0,
+              0,
+              scale,
+              dropout_p,
+              parse_version(version),
+              feature_dtype(q, "q")};
   in.q = map_view(q), in.k = map_view(k), in.v = map_view(v);
   if (table) {
     check_table(q, *pos, *table, heads, k.size(2));

@@ -32,8 +32,8 @@ std::tuple<Tensor, Tensor> sample_forward(const Tensor& x, const Tensor& offset_
   const Tensor offset = torch::stable::contiguous(offset_in);
   const SampleShape shape = check_sample(x, offset, groups, factor, version);
   Tensor sampled = torch::stable::new_empty(x, {shape.batch, shape.channels, shape.keys()});
-  Tensor pos = torch::stable::new_empty(x, {shape.batch, groups, shape.keys(), 2},
-                                        accumulation_type(x));
+  Tensor pos =
+      torch::stable::new_empty(x, {shape.batch, groups, shape.keys(), 2}, accumulation_type(x));
   cpu::kernels().sample_forward(
       {shape, map_view(x), offset.data_ptr(), sampled.data_ptr(), pos.data_ptr()}, torch_threads());
   return {sampled, pos};
@@ -63,10 +63,12 @@ std::tuple<Tensor, Tensor> sample_backward(const Tensor& grad_sampled,
   return {grad_x, grad_offset};
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& pos_in,
-    const OptionalTensor& table_in, const OptionalTensor& bias, const OptionalTensor& seed,
-    int64_t heads, double scale, double dropout_p, const std::string& version) {
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const OptionalTensor& pos_in,
+                                             const OptionalTensor& table_in,
+                                             const OptionalTensor& bias, const OptionalTensor& seed,
+                                             int64_t heads, double scale, double dropout_p,
+                                             const std::string& version) {
   const OptionalTensor pos = contiguous(pos_in), table = contiguous(table_in);
   AttentionForward p{};
   p.in = check_attention(q, k, v, pos, table, bias, seed, heads, scale, dropout_p, version);

@@ -37,11 +37,11 @@ struct SampleForward {
 struct SampleBackward {
   SampleShape shape;
   MapView x;
-  MapView grad_sampled;   // [B, C, N]
+  MapView grad_sampled;  // [B, C, N]
   const void* offset;
-  const void* grad_pos;   // [B, G, N, 2] or null
-  void* grad_x;           // [B, C, H, W] contiguous
-  void* grad_offset;      // [B * G, 2, Hk, Wk]
+  const void* grad_pos;  // [B, G, N, 2] or null
+  void* grad_x;          // [B, C, H, W] contiguous
+  void* grad_offset;     // [B * G, 2, Hk, Wk]
 };
 
 struct AttentionShape {
@@ -63,12 +63,12 @@ struct DenseBias {
 
 struct AttentionInputs {
   AttentionShape shape;
-  MapView q;               // [B, C, H, W]
-  MapView k, v;            // [B, C, N]
-  const void* pos;         // [B, G, N, 2] or null
-  const void* table;       // [h, Th, Tw] or null
+  MapView q;          // [B, C, H, W]
+  MapView k, v;       // [B, C, N]
+  const void* pos;    // [B, G, N, 2] or null
+  const void* table;  // [h, Th, Tw] or null
   DenseBias bias;
-  const int64_t* seed;     // [1], null without dropout
+  const int64_t* seed;  // [1], null without dropout
 };
 
 struct AttentionForward {
@@ -79,13 +79,13 @@ struct AttentionForward {
 
 struct AttentionBackward {
   AttentionInputs in;
-  MapView out, grad_out;     // [B, C, H, W]
-  const void* lse;           // [B, h, M]
-  void* grad_q;              // [B, C, H, W]
-  void *grad_k, *grad_v;     // [B, C, N]
-  void* grad_pos;            // [B, h, N, 2] one part for each head, or null
-  void* grad_table;          // [h, Th, Tw] or null
-  void* grad_bias;           // [B or 1, h or 1, M, N] in the accumulation type, or null
+  MapView out, grad_out;  // [B, C, H, W]
+  const void* lse;        // [B, h, M]
+  void* grad_q;           // [B, C, H, W]
+  void *grad_k, *grad_v;  // [B, C, N]
+  void* grad_pos;         // [B, h, N, 2] one part for each head, or null
+  void* grad_table;       // [h, Th, Tw] or null
+  void* grad_bias;        // [B or 1, h or 1, M, N] in the accumulation type, or null
   int64_t grad_bias_batch, grad_bias_head;  // its strides, 0 where broadcast
 };
 

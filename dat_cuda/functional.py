@@ -2,8 +2,9 @@
 
 Vision Transformer with Deformable Attention (CVPR 2022) and DAT++ (2023). Everything between the
 projections is here: :func:`deform_sample` takes offsets to sampled features,
-:func:`deform_attention` takes queries, keys and values to the attention's output. Both run native kernels where the device
-has them and :mod:`dat_cuda.reference` elsewhere. Coordinates are in the order (y, x).
+:func:`deform_attention` takes queries, keys and values to the attention's output. Both run native
+kernels where the device has them and :mod:`dat_cuda.reference` elsewhere. Coordinates are in the
+order (y, x).
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def backend(name: str) -> Iterator[None]:
         _backend = previous
 
 
-def _uses_reference(features: Tensor) -> bool:
-    return _backend == "reference" or features.device.type not in NATIVE_DEVICES
+def is_native(features: Tensor) -> bool:
+    """Whether operators on these features run native kernels here and now."""
+    return _backend != "reference" and features.device.type in NATIVE_DEVICES
 
 
 def _accumulation_dtype(features: Tensor) -> torch.dtype:
@@ -89,7 +91,7 @@ def deform_sample(
     Raises:
         RuntimeError, ValueError: an argument has the wrong shape, dtype or value.
     """
-    if _uses_reference(x):
+    if not is_native(x):
         return reference.deform_sample(
             x, offset, groups=groups, offset_range_factor=offset_range_factor, version=version
         )
@@ -148,10 +150,8 @@ def deform_attention(
             f"q must have shape [B, C, H, W] with C a multiple of heads, got {list(q.shape)} "
             f"and {heads} heads"
         )
-    if rpe_table is None:
-        pos = None
     q, k, v, bias = _autocast(q, k, v, bias)
-    if _uses_reference(q):
+    if not is_native(q):
         return reference.deform_attention(
             q, k, v, pos, rpe_table,
             heads=heads, bias=bias, scale=scale, dropout_p=dropout_p, version=version,
@@ -159,7 +159,9 @@ def deform_attention(
     if scale is None:
         scale = (q.shape[1] // heads) ** -0.5
     coordinates = _accumulation_dtype(q)
-    if pos is not None and rpe_table is not None:
+    if rpe_table is None:
+        pos = None
+    elif pos is not None:
         pos, rpe_table = pos.to(coordinates), rpe_table.to(coordinates)
     if bias is not None:
         bias = _four_dims(bias, q, k)
@@ -231,6 +233,11 @@ class _Operator(torch.autograd.Function):
     """A registered forward operator with its gradient; both are also registered for tracing."""
 
     operator: str
+
+    @staticmethod
+    def save(ctx, inputs, output) -> None:
+        """Keep in ctx what backward needs."""
+        raise NotImplementedError
 
     @classmethod
     def call(cls, *args):

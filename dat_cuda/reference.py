@@ -130,8 +130,8 @@ def deform_attention(
     Args:
         q: [B, C, H, W], floating, C = heads * head_dim.
         k, v: [B, C, N], dtype of q.
-        pos: [B, groups, N, 2] in (y, x). pos and rpe_table go together.
-        rpe_table: [heads, Th, Tw], any size.
+        pos: [B, groups, N, 2] in (y, x). Only the table uses it.
+        rpe_table: [heads, Th, Tw], any size. Needs pos.
         bias: dense additive bias, broadcastable to [B, heads, H*W, N].
         scale: head_dim**-0.5 unless given.
         dropout_p: as in torch.nn.functional.dropout; 0 in evaluation.
@@ -154,7 +154,7 @@ def deform_attention(
         k = k + poison.to(k.dtype)
 
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    scores = torch.einsum("bhdm,bhdn->bhmn", q * scale, k)
+    scores = torch.einsum("bhdm,bhdn->bhmn", q, k) * scale
     if pos is not None and rpe_table is not None:
         scores = scores + _table_bias(rpe_table, pos, height, width, version).to(q.dtype)
     if bias is not None:
@@ -169,13 +169,11 @@ def _table_bias(table: Tensor, pos: Tensor, height: int, width: int, version: st
     batch, groups = pos.shape[:2]
     heads = table.shape[0]
     queries = query_grid(height, width, version, dtype=pos.dtype, device=pos.device)
-    # Halving and swapping to grid_sample's (x, y) come before the difference: they are free here
-    # and cost a pass over [H*W, N, 2] after it.
-    queries = queries.flip(-1).reshape(1, -1, 1, 2) / 2
-    keys = rearrange(_finite(pos).flip(-1) / 2, "b g n c -> (b g) 1 n c")
+    keys = rearrange(_finite(pos), "b g n c -> (b g) 1 n c")
+    displacement = (queries.reshape(1, -1, 1, 2) - keys) * 0.5
     maps = table.to(pos.dtype).expand(batch, -1, -1, -1)
     maps = maps.reshape(batch * groups, heads // groups, *table.shape[1:])
-    sampled = _bilinear(maps, queries - keys, rearrange(pos, "b g n c -> (b g) 1 n c"))
+    sampled = _bilinear(maps, displacement.flip(-1), rearrange(pos, "b g n c -> (b g) 1 n c"))
     return sampled.reshape(batch, heads, height * width, pos.shape[2])
 
 
@@ -256,9 +254,8 @@ def _check_attention(
             raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if (pos is None) != (rpe_table is None):
-        missing, given = ("pos", "rpe_table") if pos is None else ("rpe_table", "pos")
-        raise ValueError(f"{missing} must be given with {given}, got None")
+    if rpe_table is not None and pos is None:
+        raise ValueError("rpe_table needs pos, the keys' positions, got None")
     if pos is not None and rpe_table is not None:
         _check_shape("pos", pos, "[B, groups, N, 2]", (batch, None, keys, 2))
         _check_division("heads", heads, "groups (of pos)", pos.shape[1])

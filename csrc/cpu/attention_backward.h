@@ -1,175 +1,18 @@
-// deform_attention, backward: the scores are computed again from the saved log-sum-exp.
+// deform_attention, backward: who computes which tile, and where the sums go.
 //
-// The items (head, image, query tile), in that order, are cut into one run for each thread. A thread
-// keeps what is summed over queries (grad_k, grad_v, grad_pos of one head and image; grad_table of
-// one head) to itself, and writes it when the run leaves that head. Only what two runs share is
-// kept aside and summed at the end, in the order of the runs: results do not depend on timing.
+// The items (head, image, query tile), in that order, are cut into one run for each thread. A
+// thread keeps what is summed over queries (grad_k, grad_v, grad_pos of one head and image;
+// grad_table of one head) to itself, and writes it when the run leaves that head. Only what two
+// runs share is kept aside and summed at the end, in the order of the runs: results do not depend
+// on timing.
 #pragma once
 
 #include <map>
 #include <vector>
 
-#include "attention_forward.h"
+#include "attention_backward_tile.h"
 
 namespace dat::cpu::DAT_SIMD {
-
-// Sums over the queries of one head and image, in the units they are added up in.
-template <class T>
-struct KeySums {
-  T *k, *v;  // [N, padded channels], both padded for blocks; k times 1 / (scale * log2(e))
-  T* pos;    // [N][2][lanes], in cells, times log2(e)
-
-  static int64_t padded(const AttentionShape& shape) { return round_up<T>(shape.head_dim); }
-  static int64_t size(const AttentionShape& shape) {
-    return 2 * rows(shape) * padded(shape) + 2 * shape.keys * kLanes<T>;
-  }
-  static int64_t rows(const AttentionShape& shape) { return round_up<T>(shape.keys); }
-  KeySums(T* memory, const AttentionShape& shape)
-      : k(memory), v(k + rows(shape) * padded(shape)), pos(v + rows(shape) * padded(shape)) {}
-};
-
-template <class S>
-struct BackwardWork {
-  using T = acc_t<S>;
-
-  HeadOperands<S> head;
-  PaddedTable<T> grad_table;  // in natural units
-  T* key_sums;
-  T *q, *grad_out, *grad_q;    // tile buffers of channels
-  T *q_rows, *grad_out_rows;   // [query][padded channels]
-  T* tile_sum;                 // [key of a key tile][padded channels]
-  T *p, *ds, *factor;          // tile buffers of keys
-  T *lse, *row_sum;            // [query]
-
-  BackwardWork(Arena& arena, const AttentionShape& shape)
-      : head(arena, shape),
-        grad_table(arena, shape),
-        key_sums(arena.take<T>(KeySums<T>::size(shape))),
-        q(arena.take<T>(channel_rows(shape) * kLd<T>)),
-        grad_out(arena.take<T>(channel_rows(shape) * kLd<T>)),
-        grad_q(arena.take<T>(shape.head_dim * kLd<T>)),
-        q_rows(arena.take<T>(KeySums<T>::padded(shape) * kLd<T>)),
-        grad_out_rows(arena.take<T>(KeySums<T>::padded(shape) * kLd<T>)),
-        tile_sum(arena.take<T>(kKeyTile * KeySums<T>::padded(shape))),
-        p(arena.take<T>((kKeyTile + 1) * kLd<T>)),
-        ds(arena.take<T>((kKeyTile + 1) * kLd<T>)),
-        factor(arena.take<T>(shape.dropout_p > 0 ? kKeyTile * kLd<T> : 0)),
-        lse(arena.take<T>(kLd<T>)),
-        row_sum(arena.take<T>(kLd<T>)) {}
-
-  // Tile buffers of channels that are transposed have the padding channels, too.
-  static int64_t channel_rows(const AttentionShape& shape) { return KeySums<T>::padded(shape); }
-};
-
-// [channel][query] -> [query][padded channel]
-template <class T>
-__attribute__((noinline)) void transpose_tile(const T* from, int queries, int64_t padded, T* to) {
-  for (int m = 0; m < queries; m += kLanes<T>)
-    for (int64_t c = 0; c < padded; c += kLanes<T>)
-      transpose_block(from + c * kLd<T> + m, kLd<T>, to + m * padded + c, padded);
-}
-
-// p = 2^(s - lse), and what the values' gradient multiplies: p times the dropout factor, in s;
-// ds = the scores' gradient from dp, the probabilities' one.
-template <class T>
-__attribute__((noinline)) void softmax_backward(int keys, int vectors, const T* lse,
-                                                const T* row_sum, const T* factor, T* s, T* dp) {
-  constexpr int L = kLanes<T>;
-  for (int n = 0; n < keys; ++n, s += kLd<T>, dp += kLd<T>) {
-    for (int x = 0; x < vectors * L; x += L) {
-      const Vec<T> p = exp2<T>(load(s + x) - load(lse + x));
-      const Vec<T> z = factor ? load(factor + n * kLd<T> + x) : splat(T(1));
-      store(s + x, factor ? p * z : p);
-      store(dp + x, softmax_vjp(p, factor ? load(dp + x) * z : load(dp + x), load(row_sum + x)));
-    }
-  }
-}
-
-// Adds a tile's ds [n][m] to grad_bias [.., M, N].
-template <class T>
-void add_dense_grad(const T* ds, const Tile& tile, int64_t width, int64_t keys_total, int64_t first,
-                    int keys, T* grad) {
-  for (int r = 0; r < tile.rows; ++r)
-    for (int j = 0; j < tile.columns; ++j) {
-      const int64_t query = (tile.row + r) * width + tile.column + j;
-      const T* from = ds + r * tile.columns + j;
-      for (int n = 0; n < keys; ++n) grad[query * keys_total + first + n] += from[n * kLd<T>];
-    }
-}
-
-// Loads what a tile needs once: q, grad_out, both transposed, the saved lse and the row sums.
-template <class S>
-void load_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& tile,
-               const BackwardWork<S>& work) {
-  using T = acc_t<S>;
-  const AttentionShape& shape = p.in.shape;
-  const int d = int(shape.head_dim), queries = tile.queries();
-  const int64_t padded = KeySums<T>::padded(shape);
-  // grad_q's buffer serves to read out.
-  read_tile(head_data<const S>(p.out, b, h * d), p.out, tile, d, T(1), work.grad_q);
-  read_tile(head_data<const S>(p.grad_out, b, h * d), p.grad_out, tile, d, T(1), work.grad_out);
-  std::fill_n(work.row_sum, kLd<T>, T(0));
-  for (int c = 0; c < d; ++c)
-    for (int m = 0; m < queries; ++m)
-      work.row_sum[m] += work.grad_q[c * kLd<T> + m] * work.grad_out[c * kLd<T> + m];
-  read_tile(head_data<const S>(p.in.q, b, h * d), p.in.q, tile, d, T(shape.scale * kLog2e), work.q);
-  const MapView lse =
-      contiguous_map(const_cast<void*>(p.lse), shape.heads, shape.height, shape.width);
-  read_tile(head_data<const T>(lse, b, h), lse, tile, 1, T(kLog2e), work.lse);
-  std::fill_n(work.q + d * kLd<T>, (padded - d) * kLd<T>, T(0));
-  std::fill_n(work.grad_out + d * kLd<T>, (padded - d) * kLd<T>, T(0));
-  transpose_tile(work.q, queries, padded, work.q_rows);
-  transpose_tile(work.grad_out, queries, padded, work.grad_out_rows);
-}
-
-// sums[n][c] += sum over the tile's queries of p[n][m] * rows[m][c], the tile's part on its own first:
-// a running sum over all queries of a large map would lose digits.
-template <class T>
-void add_product(int keys, int queries, int64_t padded, const T* p, const T* rows, T* tile_sum,
-                 T* sums, Prefetch& prefetch) {
-  multiply_queries(keys, queries, padded, p, rows, tile_sum, prefetch);
-  for (int64_t i = 0; i < keys * padded; ++i) sums[i] += tile_sum[i];
-}
-
-template <class S>
-void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& tile,
-                   const BackwardWork<S>& work, Prefetch& prefetch) {
-  using T = acc_t<S>;
-  const AttentionInputs& in = p.in;
-  const AttentionShape& shape = in.shape;
-  const int d = int(shape.head_dim), queries = tile.queries();
-  const int vectors = int(ceil_div(queries, kLanes<T>)), stride = key_stride(shape.keys);
-  const int64_t padded = KeySums<T>::padded(shape);
-  const KeySums<T> sums(work.key_sums, shape);
-  const T* factor = shape.dropout_p > 0 ? work.factor : nullptr;
-  const MapView map = contiguous_map(p.grad_q, shape.heads * d, shape.height, shape.width);
-  prefetch_tile(prefetch, head_data<const S>(map, b, h * d), map, tile, d);
-  load_tile(p, b, h, tile, work);
-  for (int64_t first = 0; first < shape.keys; first += kKeyTile) {
-    const int keys = int(std::min<int64_t>(kKeyTile, shape.keys - first));
-    scores<S>(in, work.head, b, h, tile, first, keys, work.q, work.p,
-              static_cast<T*>(nullptr), prefetch);
-    multiply_keys(false, keys, vectors, d, work.head.v + first * d, stride, work.grad_out, work.ds,
-                  static_cast<T*>(nullptr), prefetch);
-    if (factor)
-      dropout_factors(uint64_t(*in.seed), shape.dropout_p, b * shape.heads + h, tile, shape.width,
-                      first, keys, work.factor);
-    softmax_backward(keys, vectors, work.lse, work.row_sum, factor, work.p, work.ds);
-    add_product(keys, queries, padded, work.p, work.grad_out_rows, work.tile_sum,
-                sums.v + first * padded, prefetch);
-    add_product(keys, queries, padded, work.ds, work.q_rows, work.tile_sum,
-                sums.k + first * padded, prefetch);
-    multiply_values(first > 0, keys, vectors, d, work.head.k + first * d, stride, work.ds,
-                    work.grad_q, prefetch);
-    if (in.table)
-      work.head.bias.backward(tile, first, keys, work.ds, work.grad_table, sums.pos);
-    if (p.grad_bias)
-      add_dense_grad(work.ds, tile, shape.width, shape.keys, first, keys,
-                     static_cast<T*>(p.grad_bias) + b * p.grad_bias_batch + h * p.grad_bias_head);
-  }
-  std::fill_n(work.row_sum, queries, T(shape.scale));
-  write_tile(work.grad_q, work.row_sum, tile, d, head_data<S>(map, b, h * d), map);
-}
 
 // to[c][n] = scale * sums[n][c]; `rows` is a buffer of kLanes rows of kLd.
 template <class S, class T>

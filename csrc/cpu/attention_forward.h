@@ -1,9 +1,9 @@
 // deform_attention, forward: softmax(scale * q.k + bias) . v without a score in memory.
 //
-// A thread takes query tiles (tile.h) of one head from a common counter. For each tile it walks over
-// the keys, kKeyTile at a time: bias, plus q.k, exponentials under a running maximum, times v. All
-// buffers together stay in its L2 cache, most of them in L1; keys, values and the head's table are
-// copied there when the head changes.
+// A thread takes query tiles (tile.h) of one head from a common counter. For each tile it walks
+// over the keys, kKeyTile at a time: bias, plus q.k, exponentials under a running maximum, times v.
+// All buffers together stay in its L2 cache, most of them in L1; keys, values and the head's table
+// are copied there when the head changes.
 #pragma once
 
 #include <atomic>
@@ -17,7 +17,7 @@ template <class S>
 struct HeadOperands {
   using T = acc_t<S>;
 
-  T *k, *v;             // [key tile][channel][key_stride]
+  T *k, *v;  // [key tile][channel][key_stride]
   TableBias<T> bias;
 
   HeadOperands(Arena& arena, const AttentionShape& shape)
@@ -35,12 +35,13 @@ struct HeadOperands {
     bias.read_positions(static_cast<const T*>(in.pos) + (b * shape.groups + group) * shape.keys * 2,
                         shape.keys);
     if (table_too)
-      bias.table.read(static_cast<const T*>(in.table) + h * shape.table_h * shape.table_w, T(kLog2e));
+      bias.table.read(static_cast<const T*>(in.table) + h * shape.table_h * shape.table_w,
+                      T(kLog2e));
   }
 };
 
-// s[n][m] = (scale * q.k + bias) * log2(e), for `keys` keys from `first` on. `q` carries the factor.
-// top[m], if wanted, grows to the largest of them.
+// s[n][m] = (scale * q.k + bias) * log2(e), for `keys` keys from `first` on. `q` carries the
+// factor. top[m], if wanted, grows to the largest of them.
 template <class S, class T = acc_t<S>>
 void scores(const AttentionInputs& in, const HeadOperands<S>& head, int64_t b, int64_t h,
             const Tile& tile, int64_t first, int keys, const T* q, T* s, T* top,
@@ -60,9 +61,9 @@ struct ForwardWork {
   using T = acc_t<S>;
 
   HeadOperands<S> head;
-  T *q, *s, *o;              // tile buffers of channels, keys, channels
-  T *maximum, *top, *sum;    // [query]: largest score before and now, sum of exponentials
-  T* factor;                 // of dropout, a tile buffer of keys
+  T *q, *s, *o;            // tile buffers of channels, keys, channels
+  T *maximum, *top, *sum;  // [query]: largest score before and now, sum of exponentials
+  T* factor;               // of dropout, a tile buffer of keys
 
   ForwardWork(Arena& arena, const AttentionShape& shape)
       : head(arena, shape),
@@ -108,12 +109,11 @@ template <class T>
 __attribute__((noinline)) void softmax_step(int keys, int vectors, int channels, T* s, T* o,
                                             T* before, const T* now, T* sums) {
   constexpr int X = 4, L = kLanes<T>;
-  const auto step = [&]<int N>(int x) {
-    exponentials<N>(keys, channels, s + x, o + x, before + x, now + x, sums + x);
-  };
   int x = 0;
-  for (; x + X <= vectors; x += X) step.template operator()<X>(x * L);
-  for (; x < vectors; ++x) step.template operator()<1>(x * L);
+  for (; x + X * L <= vectors * L; x += X * L)
+    exponentials<X>(keys, channels, s + x, o + x, before + x, now + x, sums + x);
+  for (; x < vectors * L; x += L)
+    exponentials<1>(keys, channels, s + x, o + x, before + x, now + x, sums + x);
 }
 
 template <class S>
@@ -133,7 +133,7 @@ void forward_tile(const AttentionForward& p, int64_t b, int64_t h, const Tile& t
     scores<S>(p.in, work.head, b, h, tile, first, keys, work.q, work.s, work.top, prefetch);
     softmax_step(keys, vectors, first ? d : 0, work.s, work.o, work.maximum, work.top, work.sum);
     if (shape.dropout_p > 0) {
-      dropout_factors(uint64_t(*p.in.seed), shape.dropout_p, b * shape.heads + h, tile, shape.width,
+      dropout_factors(uint64_t(*p.in.seed), shape.dropout_p, b* shape.heads + h, tile, shape.width,
                       first, keys, work.factor);
       for (int64_t i = 0; i < keys * kLd<T>; ++i) work.s[i] *= work.factor[i];
     }
@@ -165,8 +165,8 @@ template <class S>
 void prefetch_item(Prefetch& prefetch, const AttentionInputs& in, const TileGrid& grid,
                    const Item& item) {
   const int d = int(in.shape.head_dim);
-  prefetch_tile(prefetch, head_data<const S>(in.q, item.b, item.h * d), in.q,
-                grid.tile(item.tile), d);
+  prefetch_tile(prefetch, head_data<const S>(in.q, item.b, item.h * d), in.q, grid.tile(item.tile),
+                d);
   if (item.tile) return;
   for (const MapView* map : {&in.k, &in.v})
     prefetch_keys(prefetch, head_data<const S>(*map, item.b, item.h * d), *map, in.shape.keys, d);
@@ -189,8 +189,7 @@ void attention_forward(const AttentionForward& p, const Threads& threads) {
         if (i / tiles != last_pair) work.head.read(p.in, item.b, item.h, item.h != last_head);
         last_pair = i / tiles, last_head = item.h;
         prefetch.clear();
-        if (i + 1 < total)
-          prefetch_item<S>(prefetch, p.in, grid, Item(i + 1, tiles, shape.batch));
+        if (i + 1 < total) prefetch_item<S>(prefetch, p.in, grid, Item(i + 1, tiles, shape.batch));
         forward_tile(p, item.b, item.h, grid.tile(item.tile), work, prefetch);
       }
   });

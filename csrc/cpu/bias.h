@@ -9,15 +9,13 @@ namespace dat::cpu::DAT_SIMD {
 // The table's share in one head: the padded table, and where its keys meet it.
 template <class T>
 struct TableBias {
-  PaddedTable<T> table;     // in units of 1 / log2(e)
-  UnitCells<T> cells;       // at unit slope
+  PaddedTable<T> table;  // in units of 1 / log2(e)
+  UnitCells<T> cells;    // at unit slope
   LatticeWork<T> work;
-  const T* pos = nullptr;   // [N, 2]
+  const T* pos = nullptr;  // [N, 2]
 
   TableBias(Arena& arena, const AttentionShape& shape)
-      : table(arena, shape),
-        cells(arena, shape.table_h ? shape.keys : 0),
-        work(arena) {}
+      : table(arena, shape), cells(arena, shape.table_h ? shape.keys : 0), work(arena) {}
 
   bool unit() const { return table.y.slope == 1 && table.x.slope == 1; }
   bool contiguous(const Tile& tile) const { return unit() && cells.in_reach(table, tile); }

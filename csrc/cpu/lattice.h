@@ -1,12 +1,12 @@
 // The bias interpolated from the position table at any slope: version dat, other resolutions, and
 // windows that leave the padded table.
 //
-// For a fixed key the bias over the query lattice is separable (math/grid.h, table_axis): each query
-// row lies between two table rows, each query column between two table columns. So the table rows
-// that a tile can reach are first expanded along x, to one value per query column, and then blended
-// along y: no gather per query, and an expanded row serves every query row that meets it. The
-// backward runs the two steps transposed, as products with matrices of hat functions. Everything
-// goes by one vector of query columns at a time.
+// For a fixed key the bias over the query lattice is separable (math/grid.h, table_axis): each
+// query row lies between two table rows, each query column between two table columns. So the table
+// rows that a tile can reach are first expanded along x, to one value per query column, and then
+// blended along y: no gather per query, and an expanded row serves every query row that meets it.
+// The backward runs the two steps transposed, as products with matrices of hat functions.
+// Everything goes by one vector of query columns at a time.
 #pragma once
 
 #include "table.h"
@@ -59,7 +59,8 @@ struct RowWindow {
   }
 };
 
-// Where a vector of query columns meets the table: lane l between cells base + index[l] and the next.
+// Where a vector of query columns meets the table: lane l between cells base + index[l] and the
+// next.
 template <class T>
 struct ColumnWindow {
   int64_t base;
@@ -99,11 +100,11 @@ DAT_INLINE Expanded<T> expand(const T* row, const ColumnWindow<T>& w) {
 
 template <class T>
 struct LatticeWork {
-  T *value, *step;   // expanded rows and their difference to the next, [slot][lane]
-  T *slope, *grad;   // x-derivative of the rows, and the rows' gradient, [slot][lane]
-  T* hat_y;          // [query row][slot]
-  T* hat_x;          // [lane][2 * lanes]
-  T* cells;          // [slot][2 * lanes]
+  T *value, *step;  // expanded rows and their difference to the next, [slot][lane]
+  T *slope, *grad;  // x-derivative of the rows, and the rows' gradient, [slot][lane]
+  T* hat_y;         // [query row][slot]
+  T* hat_x;         // [lane][2 * lanes]
+  T* cells;         // [slot][2 * lanes]
 
   explicit LatticeWork(Arena& arena)
       : value(arena.take<T>(kMaxSlots * kLanes<T>)),

@@ -1,8 +1,8 @@
-// The position table of one head in cache, and the bias at unit slope, the common case: dat++ at the
-// resolution it was trained at.
+// The position table of one head in cache, and the bias at unit slope, the common case: dat++ at
+// the resolution it was trained at.
 //
-// At unit slope the fractions depend on the key alone, and the bias over a tile is one window of the
-// table, blended with its neighbours one row and one column on: contiguous loads, no gather.
+// At unit slope the fractions depend on the key alone, and the bias over a tile is one window of
+// the table, blended with its neighbours one row and one column on: contiguous loads, no gather.
 #pragma once
 
 #include "../math/bilinear.h"

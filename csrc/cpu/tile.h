@@ -200,14 +200,14 @@ template <class T>
 __attribute__((noinline)) void multiply_keys(bool accumulate, int keys, int vectors, int channels,
                                              const T* k, int k_stride, const T* q, T* s, T* top,
                                              Prefetch& prefetch) {
-  gemm<kBlockRows, kBlockVectors>(accumulate, keys, vectors, channels,
-                                  Operand<T>{k, 1, k_stride}, q, kLd<T>, s, kLd<T>, top, &prefetch);
+  gemm<kBlockRows, kBlockVectors>(accumulate, keys, vectors, channels, Operand<T>{k, 1, k_stride},
+                                  q, kLd<T>, s, kLd<T>, top, &prefetch);
 }
 //   o[c][m] (+)= sum over n of v[c][n] * p[n][m]
 template <class T>
-__attribute__((noinline)) void multiply_values(bool accumulate, int keys, int vectors,
-                                               int channels, const T* v, int v_stride, const T* p,
-                                               T* o, Prefetch& prefetch) {
+__attribute__((noinline)) void multiply_values(bool accumulate, int keys, int vectors, int channels,
+                                               const T* v, int v_stride, const T* p, T* o,
+                                               Prefetch& prefetch) {
   gemm<kBlockRows, kBlockVectors>(accumulate, channels, vectors, keys, Operand<T>{v, v_stride, 1},
                                   p, kLd<T>, o, kLd<T>, static_cast<T*>(nullptr), &prefetch);
 }

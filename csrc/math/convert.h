@@ -31,7 +31,8 @@ DAT_HD float to_acc(bfloat16_t x) { return bit_cast<float>(uint32_t(x.bits) << 1
 DAT_HD float to_acc(half_t x) {
   // Exponent and mantissa moved to float's places are 2^112 too small; what then reaches 2^16 was
   // infinite or NaN and takes float's exponent of those.
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000)
+                                                                     << 16;
   const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
   const uint32_t special = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : scaled;
   return bit_cast<float>(special | sign);
@@ -53,7 +54,8 @@ DAT_HD bfloat16_t from_acc<bfloat16_t>(float x) {
 }
 template <>
 DAT_HD half_t from_acc<half_t>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000, abs = bits & 0x7fffffffu;
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000,
+                 abs = bits & 0x7fffffffu;
   // Normal halves: round the mantissa to 10 bits in the integer domain.
   const uint32_t normal = (abs - 0x38000000u + 0xfff + ((abs >> 13) & 1)) >> 13;
   // Subnormal halves: adding 0.5 aligns the mantissa, and the addition rounds.

@@ -71,8 +71,8 @@ DAT_HD T map_coordinate_slope(int64_t size) {
 template <class T>
 struct TableAxis {
   T slope;
-  T origin;     // (q_grid(0) + 2) * quarter
-  T quarter;    // (size - 1) / 4 = - d t / d pos
+  T origin;   // (q_grid(0) + 2) * quarter
+  T quarter;  // (size - 1) / 4 = - d t / d pos
   int64_t size;
 
   DAT_HD T shift(T pos) const { return std::isinf(pos) ? -pos : origin - quarter * pos; }

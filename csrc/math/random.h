@@ -25,8 +25,8 @@ DAT_HD Random4 philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64
 
 // One draw serves keys 4 * key_quad .. 4 * key_quad + 3 of a query.
 DAT_HD Random4 dropout_draw(uint64_t seed, int64_t batch_head, int64_t query, int64_t key_quad) {
-  return philox(uint32_t(query), uint32_t(key_quad), uint32_t(batch_head),
-                uint32_t(query >> 32), seed);
+  return philox(uint32_t(query), uint32_t(key_quad), uint32_t(batch_head), uint32_t(query >> 32),
+                seed);
 }
 
 // Values below the threshold are dropped; the others are multiplied by the scale.

@@ -29,8 +29,8 @@ DAT_HD V exp2_fraction(V f) {
   }
 }
 
-// log2((1 + z) / (1 - z)) for |z| <= 0.1716, which covers mantissas in [sqrt(1/2), sqrt(2)]: the odd
-// series in z to the order that leaves 3e-10 (float) or 1e-18 (double).
+// log2((1 + z) / (1 - z)) for |z| <= 0.1716, which covers mantissas in [sqrt(1/2), sqrt(2)]: the
+// odd series in z to the order that leaves 3e-10 (float) or 1e-18 (double).
 template <class T, class V>
 DAT_HD V log2_ratio(V z) {
   constexpr int kTerms = sizeof(T) == 4 ? 5 : 12;
