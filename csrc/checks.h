@@ -34,7 +34,14 @@ inline const char* dtype_name(ScalarType type) {
     case ScalarType::Double: return "float64";
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     default: return "another dtype";
   }
 }
@@ -107,6 +114,7 @@ inline const void* data_or_null(const OptionalTensor& t) { return t ? t->data_pt
 
 inline SampleShape check_sample(const Tensor& x, const Tensor& offset, int64_t groups,
                                 double factor, const std::string& version) {
+  const DType dtype = feature_dtype(x, "x");
   check_dims(x, "x", 4, "[B, C, H, W]");
   check_dims(offset, "offset", 4, "[B * G, 2, Hk, Wk]");
   STD_TORCH_CHECK(groups >= 1 && x.size(1) % groups == 0, "groups must divide the ", x.size(1),
@@ -114,19 +122,13 @@ inline SampleShape check_sample(const Tensor& x, const Tensor& offset, int64_t g
   check_shape(offset, "offset", {x.size(0) * groups, 2, offset.size(2), offset.size(3)},
               "[B * G, 2, Hk, Wk]");
   check_accumulation(offset, "offset", x, "x");
-  check_size(x.size(2), "H"), check_size(x.size(3), "W");
-  check_size(offset.size(2), "Hk"), check_size(offset.size(3), "Wk");
+  check_size(x.size(2), "H of x"), check_size(x.size(3), "W of x");
+  check_size(offset.size(2), "Hk of offset"), check_size(offset.size(3), "Wk of offset");
   STD_TORCH_CHECK(factor == factor, "offset_range_factor must be a number, got NaN");
-  return {x.size(0),
-          groups,
-          x.size(1),
-          x.size(2),
-          x.size(3),
-          offset.size(2),
-          offset.size(3),
-          factor,
-          parse_version(version),
-          feature_dtype(x, "x")};
+  return {x.size(0),      groups,    x.size(1),
+          x.size(2),      x.size(3), offset.size(2),
+          offset.size(3), factor,    parse_version(version),
+          dtype};
 }
 
 inline void check_table(const Tensor& q, const Tensor& pos, const Tensor& table, int64_t heads,
@@ -148,6 +150,7 @@ inline AttentionInputs check_attention(const Tensor& q, const Tensor& k, const T
                                        const OptionalTensor& bias, const OptionalTensor& seed,
                                        int64_t heads, double scale, double dropout_p,
                                        const std::string& version) {
+  const DType dtype = feature_dtype(q, "q");
   check_dims(q, "q", 4, "[B, C, H, W]");
   check_dims(k, "k", 3, "[B, C, N]");
   STD_TORCH_CHECK(heads >= 1 && q.size(1) >= heads && q.size(1) % heads == 0,
@@ -155,7 +158,7 @@ inline AttentionInputs check_attention(const Tensor& q, const Tensor& k, const T
   check_shape(k, "k", {q.size(0), q.size(1), k.size(2)}, "[B, C, N]");
   check_shape(v, "v", {q.size(0), q.size(1), k.size(2)}, "[B, C, N]");
   check_same_kind(k, "k", q, "q"), check_same_kind(v, "v", q, "q");
-  check_size(q.size(2), "H"), check_size(q.size(3), "W"), check_size(k.size(2), "N");
+  check_size(q.size(2), "H of q"), check_size(q.size(3), "W of q"), check_size(k.size(2), "N of k");
   STD_TORCH_CHECK(pos || !table, "rpe_table needs pos, the keys' positions, got None");
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1], got ", dropout_p);
   STD_TORCH_CHECK(dropout_p == 0 || seed, "dropout needs a seed");
@@ -173,7 +176,7 @@ inline AttentionInputs check_attention(const Tensor& q, const Tensor& k, const T
               scale,
               dropout_p,
               parse_version(version),
-              feature_dtype(q, "q")};
+              dtype};
   in.q = map_view(q), in.k = map_view(k), in.v = map_view(v);
   if (table) {
     check_table(q, *pos, *table, heads, k.size(2));

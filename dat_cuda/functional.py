@@ -53,6 +53,13 @@ def _accumulation_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
+def _check_device(device: torch.device, **tensors: Tensor | None) -> None:
+    # Before the dispatcher: it would run the fake kernel if one of them is a meta tensor.
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {device} as the others, got {tensor.device}")
+
+
 def deform_sample(
     x: Tensor,
     offset: Tensor,
@@ -91,6 +98,7 @@ def deform_sample(
     Raises:
         RuntimeError, ValueError: an argument has the wrong shape, dtype or value.
     """
+    _check_device(x.device, offset=offset)
     if not is_native(x):
         return reference.deform_sample(
             x, offset, groups=groups, offset_range_factor=offset_range_factor, version=version
@@ -145,10 +153,11 @@ def deform_attention(
     Raises:
         RuntimeError, ValueError: an argument has the wrong shape, dtype or value.
     """
-    if heads < 1 or q.dim() != 4 or q.shape[1] % heads:
+    _check_device(q.device, k=k, v=v, pos=pos, rpe_table=rpe_table, bias=bias)
+    if heads < 1 or q.dim() != 4 or q.shape[1] < heads or q.shape[1] % heads:
         raise ValueError(
-            f"q must have shape [B, C, H, W] with C a multiple of heads, got {list(q.shape)} "
-            f"and {heads} heads"
+            f"q must have shape [B, C, H, W] with C a positive multiple of heads, got "
+            f"{list(q.shape)} and {heads} heads"
         )
     q, k, v, bias = _autocast(q, k, v, bias)
     if not is_native(q):
@@ -187,9 +196,10 @@ def _autocast(q: Tensor, *others: Tensor | None) -> list[Any]:
 def _four_dims(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The bias with all four dimensions; its gradient is dense along queries and keys."""
     bias = bias[(None,) * (4 - bias.dim())]
-    if bias.requires_grad and q.dim() == 4 and k.dim() == 3:
-        bias = bias.expand(-1, -1, q.shape[2] * q.shape[3], k.shape[2])
-    return bias
+    dense = (q.shape[2] * q.shape[3], k.shape[-1])
+    fits = all(size in (1, full) for size, full in zip(bias.shape[2:], dense, strict=False))
+    # A wrong shape is left to the operator, which says what is wrong.
+    return bias.expand(-1, -1, *dense) if bias.requires_grad and bias.dim() == 4 and fits else bias
 
 
 # Registration: what a traced graph sees, and the gradients.
@@ -235,6 +245,11 @@ class _Operator(torch.autograd.Function):
     operator: str
 
     @staticmethod
+    def traced(*args):
+        """The registered operator, for tracing."""
+        raise NotImplementedError
+
+    @staticmethod
     def save(ctx, inputs, output) -> None:
         """Keep in ctx what backward needs."""
         raise NotImplementedError
@@ -243,7 +258,7 @@ class _Operator(torch.autograd.Function):
     def call(cls, *args):
         # Registered autograd costs more per call than a Function with everything in forward.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return getattr(_ops, cls.operator)(*args)
+            return cls.traced(*args)
         return cls.apply(*args)
 
     @classmethod
@@ -263,6 +278,10 @@ def _no_second_derivative(ctx, *grads):
 
 class _Sample(_Operator):
     operator = "deform_sample_forward"
+
+    @staticmethod
+    def traced(*args):
+        return _ops.deform_sample_forward(*args)
 
     @staticmethod
     def save(ctx, inputs, output):
@@ -286,6 +305,10 @@ class _Sample(_Operator):
 
 class _Attention(_Operator):
     operator = "deform_attention_forward"
+
+    @staticmethod
+    def traced(*args):
+        return _ops.deform_attention_forward(*args)
 
     @staticmethod
     def save(ctx, inputs, output):

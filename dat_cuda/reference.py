@@ -8,6 +8,7 @@ are computed in float32, or in float64 for float64 inputs, whatever the dtype of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -95,6 +96,8 @@ def deform_sample(
     batch, channels, height, width = x.shape
     _check_division("x's channels", channels, "groups", groups)
     _check_shape("offset", offset, "[B*groups, 2, Hk, Wk]", (batch * groups, 2, None, None))
+    if math.isnan(offset_range_factor):
+        raise ValueError("offset_range_factor must be a number, got nan")
 
     dtype = _coordinate_dtype(x)
     pos = _bound(offset.to(dtype), offset_range_factor, version).flatten(1, 2)  # [B*G, N, 2]
@@ -283,9 +286,10 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 
 
 def _check_shape(name: str, tensor: Tensor, symbols: str, sizes: Sequence[int | None]) -> None:
-    """ValueError unless the shape is sizes, None standing for any size."""
+    """ValueError unless the shape is sizes, None standing for any batch or positive size."""
     fits = tensor.dim() == len(sizes) and all(
-        want is None or have == want for have, want in zip(tensor.shape, sizes, strict=True)
+        have > 0 or axis == 0 if want is None else have == want
+        for axis, (have, want) in enumerate(zip(tensor.shape, sizes, strict=True))
     )
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in sizes)

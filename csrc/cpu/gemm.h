@@ -39,7 +39,7 @@ class Prefetch {
         ++current_;
         continue;
       }
-      __builtin_prefetch(r.start + r.done);
+      __builtin_prefetch(r.start + r.done, 0, 2);
       ++lines;
       r.done += kLineBytes;
       if (r.done >= r.bytes) --r.count, r.start += r.stride, r.done = 0;
@@ -47,7 +47,7 @@ class Prefetch {
   }
 
  private:
-  static constexpr int kRegions = 8, kLines = 20, kLineBytes = 64;
+  static constexpr int kRegions = 8, kLines = 12, kLineBytes = 64;
   struct Region {
     const char* start;
     int64_t bytes, count, stride, done;

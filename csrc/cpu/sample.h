@@ -24,6 +24,8 @@ DAT_INLINE Taps<T> locate(const SampleShape& shape, const MapView& x, T pos_y, T
   const Cell<T> y = cell_of(map_coordinate(pos_y, shape.height), shape.height);
   const Cell<T> c = cell_of(map_coordinate(pos_x, shape.width), shape.width);
   Taps<T> taps{{}, {}, {}, y.fraction, c.fraction};
+  // NaN in one coordinate makes the value, hence both derivatives, NaN.
+  if (std::isnan(y.fraction + c.fraction)) taps.fy = taps.fx = T(NAN);
   for (int tap = 0; tap < 4; ++tap) {
     const int64_t i = y.index + tap / 2, j = c.index + tap % 2;
     if (i < 0 || i >= shape.height || j < 0 || j >= shape.width) continue;
