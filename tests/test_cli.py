@@ -17,6 +17,8 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         env=os.environ | {"COLUMNS": "80"} | environment,
+        # Not the project's root, where the sources would hide the installed package.
+        cwd=Path(__file__).parent,
     )
 
 
