@@ -33,26 +33,30 @@ def _image(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.transpose(2, 3).reshape(like.shape)
 
 
+def _dense_bias(rpe_table: torch.Tensor, grid: torch.Tensor, groups: int) -> torch.Tensor:
+    """[B, heads, H * W, N] from grid [B * G, H * W, N, 2] in (x, y)."""
+    batch = len(grid) // groups
+    table = rpe_table.unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
+    bias = F.grid_sample(table.to(grid.dtype), grid, mode="bilinear", align_corners=True)
+    return bias.unflatten(0, (batch, groups)).flatten(1, 2)
+
+
 def _sdpa(q, k, v, pos, rpe_table, *, heads: int, version: str) -> torch.Tensor:
     """The bias from grid_sample, as the published code makes it, then PyTorch's own attention."""
-    batch, groups = pos.shape[:2]
+    groups = pos.shape[1]
     grid = reference.query_grid(*q.shape[2:], version, dtype=pos.dtype, device=pos.device)
     grid = (grid.reshape(1, -1, 1, 2) - pos.flatten(0, 1).unsqueeze(1)).flip(-1) * 0.5
-    table = rpe_table.unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
-    bias = F.grid_sample(table.to(pos.dtype), grid, mode="bilinear", align_corners=True)
-    bias = bias.unflatten(0, (batch, groups)).flatten(1, 2)
+    bias = _dense_bias(rpe_table, grid, groups)
     q4, k4, v4 = (_heads_last(t, heads) for t in (q, k, v))
     return _image(F.scaled_dot_product_attention(q4, k4, v4, attn_mask=bias.to(q.dtype)), q)
 
 
 def _lean(q, k, v, pos, rpe_table, *, heads: int, version: str) -> torch.Tensor:
     """The plain formula with its factors and the swap to (x, y) before the dense tensors exist."""
-    batch, groups = pos.shape[:2]
+    groups = pos.shape[1]
     grid = reference.query_grid(*q.shape[2:], version, dtype=pos.dtype, device=pos.device)
     grid = grid.flip(-1).reshape(1, -1, 1, 2) / 2 - pos.flip(-1).flatten(0, 1).unsqueeze(1) / 2
-    table = rpe_table.unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
-    bias = F.grid_sample(table.to(pos.dtype), grid, mode="bilinear", align_corners=True)
-    bias = bias.unflatten(0, (batch, groups)).flatten(1, 2)
+    bias = _dense_bias(rpe_table, grid, groups)
     q4, k4, v4 = (t.flatten(2).unflatten(1, (heads, -1)) for t in (q, k, v))
     scores = torch.einsum("bhdm,bhdn->bhmn", q4 * q4.shape[2] ** -0.5, k4) + bias.to(q.dtype)
     return torch.einsum("bhmn,bhdn->bhdm", scores.softmax(-1), v4).reshape(q.shape)
