@@ -7,8 +7,9 @@
 
 namespace dat {
 
-// Storage type of features (x, q, k, v, bias, out). Everything else (offset, pos,
-// rpe_table, lse) has the accumulation type: double for f64, float for the others.
+// Storage type of features (x, q, k, v, bias, out). Everything else (offset, pos, rpe_table, lse)
+// has the accumulation type: double for f64, float for the others; or, where its shape says so, the
+// features' own.
 enum class DType : int { f32, f64, f16, bf16 };
 
 // A feature map [B, C, H, W] or feature list [B, C, N] (H = 1, W = N) with any strides.
@@ -22,8 +23,9 @@ struct SampleShape {
   double offset_range_factor;
   Version version;
   DType dtype;
+  bool offset_in_dtype = false;  // offset and its gradient have the features' dtype
 
-  int64_t keys() const { return keys_h * keys_w; }
+  DAT_HD int64_t keys() const { return keys_h * keys_w; }
 };
 
 struct SampleForward {
@@ -51,8 +53,9 @@ struct AttentionShape {
   double dropout_p;
   Version version;
   DType dtype;
+  bool table_in_dtype = false;  // rpe_table has the features' dtype
 
-  int64_t queries() const { return height * width; }
+  DAT_HD int64_t queries() const { return height * width; }
 };
 
 // Dense additive bias [B, h, M, N] in the features' dtype; broadcast dimensions have stride 0.

@@ -26,6 +26,13 @@ DAT_HD T reference_point(int64_t i, int64_t K, Version version) {
   return (T(i) + T(0.5)) / reference_divisor<T>(K, version) * 2 - 1;
 }
 
+// Hyperbolic tangent, from the one function that keeps its digits near 0.
+template <class T>
+DAT_HD T tanh_of(T x) {
+  const T e = std::expm1(-2 * std::abs(x)), t = -e / (2 + e);
+  return x < 0 ? -t : t;
+}
+
 template <class T>
 struct BoundedPosition {
   T pos;
@@ -38,13 +45,13 @@ DAT_HD BoundedPosition<T> bound_offset(T offset, T reference, T factor, int64_t 
                                        Version version) {
   if (factor > 0 || (factor == 0 && version == Version::datpp)) {
     const T range = factor / reference_divisor<T>(K, version);
-    const T t = std::tanh(offset);
+    const T t = tanh_of(offset);
     return {reference + t * range, (1 - t * t) * range};
   }
   const T z = reference + offset;
   if (factor == 0) return {z, T(1)};
   if (version == Version::dat) {
-    const T t = std::tanh(z);
+    const T t = tanh_of(z);
     return {t, 1 - t * t};
   }
   // Written so that NaN passes through.

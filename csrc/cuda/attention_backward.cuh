@@ -1,0 +1,192 @@
+// Plans and launches the backward for one storage type: the pass over queries, the pass over keys,
+// and the sums of what blocks share.
+#pragma once
+
+#include "../kernels/attention_backward_finish.cuh"
+#include "../kernels/attention_backward_keys.cuh"
+#include "../kernels/attention_backward_queries.cuh"
+#include "plan.cuh"
+
+namespace dat::cuda {
+
+inline Plan plan_backward_queries(const AttentionProblem& problem, const AttentionBackward& p,
+                                  const Choice& choice) {
+  const AttentionShape& shape = problem.in.shape;
+  Plan plan{};
+  plan_axes(plan, shape);
+  plan_tiles(plan, problem, choice.units, choice.tiles, shape.batch * shape.heads);
+  plan_keys(plan, problem, 16, choice.keys);
+  plan.buffers = shape.keys > plan.key_stage ? choice.buffers : 1;
+  plan.q_vec = problem.vector_of(problem.in.q, shape.width);
+  plan.grad_out_vec = problem.vector_of(p.grad_out, shape.width);
+  plan.out_vec = problem.vector_of({nullptr, 0, shape.width, shape.width, 1}, shape.width);
+
+  SharedLayout layout;
+  plan.at_q = layout.take(problem.tile_bytes(plan));
+  plan.at_grad_out = layout.take(problem.tile_bytes(plan));
+  plan.at_k = layout.take(problem.keys_bytes(plan) * plan.buffers);
+  plan.at_v = layout.take(problem.keys_bytes(plan) * plan.buffers);
+  const int area = plan.rows * plan.columns;
+  plan.at_rows = layout.take(area * problem.acc_bytes());
+  plan_window(plan, problem, layout);
+  if (!problem.tensor_cores)
+    plan.at_scratch = layout.take(area / kWarp * 16 * kWarp * problem.shared_bytes());
+  plan.shared = layout.total();
+  return plan;
+}
+
+inline Plan plan_backward_keys(const AttentionProblem& problem, const AttentionBackward& p,
+                               bool deterministic, const Choice& choice) {
+  const AttentionShape& shape = problem.in.shape;
+  Plan plan{};
+  plan_axes(plan, shape);
+  plan_keys(plan, problem, kKeysOfWarp, choice.keys);
+  plan.buffers = 1;
+  plan_tiles(plan, problem, choice.units, choice.tiles,
+             shape.batch * shape.heads * divide_up<int64_t>(shape.keys, plan.key_stage));
+  plan.q_vec = problem.vector_of(problem.in.q, shape.width);
+  plan.grad_out_vec = problem.vector_of(p.grad_out, shape.width);
+
+  SharedLayout layout;
+  plan.at_q = layout.take(problem.tile_bytes(plan));
+  plan.at_grad_out = layout.take(problem.tile_bytes(plan));
+  plan.at_k = layout.take(problem.keys_bytes(plan));
+  plan.at_v = layout.take(problem.keys_bytes(plan));
+  plan.at_rows = layout.take(2 * plan.rows * plan.columns * problem.acc_bytes());
+  plan_window(plan, problem, layout);
+  if (problem.bias != Bias::direct && !deterministic)
+    plan.at_grad_window =
+        layout.take(size_t(plan.window_rows) * window_pitch(problem.bias) * problem.acc_bytes());
+  if (!problem.tensor_cores)
+    plan.at_scratch = layout.take(kKeyWarps * 16 * kWarp * problem.shared_bytes());
+  // The sums take the place of the tiles in the end.
+  const size_t sums = size_t(problem.channels) * plan.key_pitch * problem.acc_bytes();
+  layout.used = std::max(layout.used, sums);
+  plan.shared = layout.total();
+  return plan;
+}
+
+inline int64_t key_blocks(const AttentionShape& shape, const Plan& plan) {
+  return shape.batch * shape.heads * divide_up<int64_t>(shape.keys, plan.key_stage) * plan.splits;
+}
+
+// Cuts the scratch: from null, only measures.
+struct BackwardLayout {
+  BackwardScratch scratch{};
+  size_t bytes = 0, table_at = 0, table_bytes = 0;
+  int tables = 0;
+
+  BackwardLayout(void* base, const AttentionProblem& problem, const Plan& plan,
+                 bool deterministic) {
+    const AttentionShape& shape = problem.in.shape;
+    const auto take = [&](int64_t values) -> void* {
+      void* at = base ? static_cast<char*>(base) + bytes : nullptr;
+      bytes += divide_up<size_t>(values * problem.acc_bytes(), 256) * 256;
+      return at;
+    };
+    const int64_t heads = shape.batch * shape.heads;
+    scratch.delta = take(heads * shape.queries());
+    if (plan.splits > 1) {
+      scratch.grad_k = take(plan.splits * heads * shape.head_dim * shape.keys);
+      scratch.grad_v = take(plan.splits * heads * shape.head_dim * shape.keys);
+      if (problem.in.table) scratch.grad_pos = take(plan.splits * heads * shape.keys * 2);
+    }
+    if (deterministic && problem.in.table) {
+      tables = int(key_blocks(shape, plan) / heads);
+      table_at = bytes;
+      scratch.grad_table = take(tables * heads * shape.table_h * shape.table_w);
+      table_bytes = bytes - table_at;
+    }
+  }
+};
+
+template <class T>
+struct Backward {
+  const AttentionBackward& p;
+  bool deterministic;
+  Device device = Device::current();
+
+  // Calls run(engine tag, problem, plan of the pass over keys).
+  template <class F>
+  void with_plan(const F& run) const {
+    with_engine<T>(p.in.shape, device, [&](auto tag) {
+      using E = typename decltype(tag)::type;
+      AttentionProblem problem{p.in, E::kTensorCores, E::kChannels, wanted_bias(p.in)};
+      const Plan plan = best_plan(problem, device, "attention_backward", [&](const Choice& choice) {
+        return plan_backward_keys(problem, p, deterministic, choice);
+      });
+      run(tag, problem, plan);
+    });
+  }
+
+  size_t scratch_bytes() const {
+    size_t bytes = 0;
+    with_plan([&](auto, const AttentionProblem& problem, const Plan& plan) {
+      bytes = BackwardLayout(nullptr, problem, plan, deterministic).bytes;
+    });
+    return bytes;
+  }
+
+  void operator()(void* memory, Stream stream) const {
+    const AttentionShape& shape = p.in.shape;
+    with_plan([&](auto tag, const AttentionProblem& problem, const Plan& plan) {
+      using E = typename decltype(tag)::type;
+      const BackwardLayout layout(memory, problem, plan, deterministic);
+      const auto clear = [&](void* data, size_t bytes) {
+        check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)),
+              "clearing grad_rpe_table");
+      };
+      if (layout.tables)
+        clear(static_cast<char*>(memory) + layout.table_at, layout.table_bytes);
+      else if (p.in.table)
+        clear(p.grad_table, shape.heads * shape.table_h * shape.table_w * problem.acc_bytes());
+
+      AttentionProblem queries = problem;
+      queries.bias = wanted_bias(p.in);
+      const Plan over = best_plan(queries, device, "attention_backward", [&](const Choice& choice) {
+        return plan_backward_queries(queries, p, choice);
+      });
+      with_bias(queries.bias, [&](auto bias) {
+        launch("attention_backward_queries",
+               attention_backward_queries_kernel<typename E::Short, decltype(bias)::value>,
+               over.splits * shape.heads * shape.batch, over.rows * over.columns, over.shared,
+               stream, p, over, layout.scratch);
+      });
+      with_bias(problem.bias, [&](auto bias) {
+        launch("attention_backward_keys", attention_backward_keys_kernel<E, decltype(bias)::value>,
+               key_blocks(shape, plan), kKeyWarps * kWarp, plan.shared, stream, p, plan,
+               layout.scratch);
+      });
+      finish(layout, plan, stream);
+    });
+  }
+
+  void finish(const BackwardLayout& layout, const Plan& plan, Stream stream) const {
+    const AttentionShape& shape = p.in.shape;
+    const BackwardScratch& s = layout.scratch;
+    const int64_t heads = shape.batch * shape.heads, list = heads * shape.head_dim * shape.keys;
+    SumJobs jobs{};
+    jobs.job[0] = {s.grad_k, p.grad_k, list, plan.splits, true};
+    jobs.job[1] = {s.grad_v, p.grad_v, list, plan.splits, true};
+    jobs.job[2] = {s.grad_pos, p.grad_pos, heads * shape.keys * 2, plan.splits, false};
+    jobs.job[3] = {s.grad_table, p.grad_table, shape.heads * shape.table_h * shape.table_w,
+                   int(layout.tables * shape.batch), false};
+    int64_t size = 0;
+    for (const SumJob& job : jobs.job) size += job.parts ? job.size : 0;
+    launch("attention_backward_finish", attention_backward_finish_kernel<T>,
+           divide_up<int64_t>(size, 256), 256, 0, stream, jobs);
+  }
+};
+
+template <class T>
+size_t attention_backward_scratch_of(const AttentionBackward& p, bool deterministic) {
+  return Backward<T>{p, deterministic}.scratch_bytes();
+}
+
+template <class T>
+void attention_backward_of(const AttentionBackward& p, void* scratch, bool deterministic,
+                           Stream stream) {
+  Backward<T>{p, deterministic}(scratch, stream);
+}
+
+}  // namespace dat::cuda

@@ -1,0 +1,293 @@
+// What the passes of deform_attention share: which queries and keys a block and a warp own, the
+// walk over the keys, scores with their bias, dropout.
+#pragma once
+
+#include "../math/random.h"
+#include "mma.cuh"
+#include "simt.cuh"
+#include "stage.cuh"
+#include "table.cuh"
+
+namespace dat::cuda {
+
+// Blocks of a multiprocessor that registers are left for.
+template <class E>
+constexpr int kResident = E::kChannels <= 32   ? 3
+                          : E::kChannels <= 64 ? 2
+                                               : 1;
+
+// Which (image, head) a block owns, and where its tiles begin.
+struct BlockPlace {
+  int batch, head, batch_head;
+  TileOrigin origin;
+
+  __device__ BlockPlace(const AttentionShape& shape, int tiles, int block) {
+    const int heads = int(shape.heads);
+    batch_head = block / tiles;
+    batch = batch_head / heads, head = batch_head % heads;
+    origin = {};
+  }
+  __device__ BlockPlace(const AttentionShape& shape, const Plan& plan, int block)
+      : BlockPlace(shape, plan.splits, block) {
+    const int split = block % plan.splits;
+    origin = {split / plan.across * plan.tiles_down * plan.rows,
+              split % plan.across * plan.columns};
+  }
+};
+
+template <class T>
+__device__ const T* head_data(const MapView& view, const AttentionShape& shape,
+                              const BlockPlace& at) {
+  return static_cast<const T*>(view.data) + at.batch * view.batch +
+         at.head * shape.head_dim * view.channel;
+}
+
+// Products of a warp's unit with some tiles of keys become scores: scaled and with their bias.
+template <class E, Bias kBias>
+struct Scorer {
+  using A = typename E::Acc;
+  using Window = TableWindow<A, kBias == Bias::direct ? Bias::unit : kBias>;
+
+  const AttentionInputs& in;
+  const Plan& plan;
+  const BlockPlace& at;
+  Window window;
+  bool far;  // some key in shared memory is
+
+  __device__ Scorer(const AttentionInputs& in_, const Plan& plan_, const BlockPlace& at_,
+                    char* shared)
+      : in(in_),
+        plan(plan_),
+        at(at_),
+        window(shared + plan.at_window, shared + plan.at_keys, plan, at.origin.row,
+               at.origin.column) {
+    far = false;
+  }
+
+  // Made where they are used: kept, they would cost registers in the loop over keys.
+  __device__ WholeTable<A> table() const { return {in, plan, at.head}; }
+  __device__ const A* pos(int key) const {  // [2], of this head's group
+    const AttentionShape& shape = in.shape;
+    const int group = at.head / int(shape.heads / shape.groups);
+    return static_cast<const A*>(in.pos) +
+           ((at.batch * shape.groups + group) * shape.keys + key) * 2;
+  }
+
+  __device__ void load() const {
+    if constexpr (kBias != Bias::direct) {
+      const void* data = table().data;
+      if (in.shape.table_in_dtype)
+        window.load(static_cast<const typename E::Storage*>(data), plan);
+      else
+        window.load(static_cast<const A*>(data), plan);
+    }
+  }
+
+  // Keys from `first` on. The block meets in here.
+  __device__ void stage(int first) {
+    if constexpr (kBias != Bias::direct) {
+      bool mine = false;
+      for (int n = threadIdx.x; n < plan.key_stage; n += blockDim.x) {
+        const bool real = first + n < in.shape.keys;
+        const A* p = pos(first + n);
+        mine |= window.stage_key(n, real ? p[0] : A(0), real ? p[1] : A(0), plan, at.origin.row,
+                                 at.origin.column);
+      }
+      far = __syncthreads_or(mine);
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // Whether add_unusual() has something to add.
+  __device__ bool has_unusual() const { return kBias == Bias::direct || far; }
+
+  // What the window does not hold, for query (row, column) of the tile and key first + n: the
+  // table's value for far keys, the dense bias.
+  __device__ A unusual(int first, int n, int row, int column) const {
+    A value = 0;
+    if (first + n >= in.shape.keys) return value;
+    if (kBias == Bias::direct ? in.table != nullptr : window.is_far(n)) {
+      const A* p = pos(first + n);
+      value = table().value(p[0], p[1], at.origin.row + row, at.origin.column + column).value;
+    }
+    if (kBias == Bias::direct && in.bias.data) value += dense(first + n, row, column);
+    return value;
+  }
+
+  // The dense bias of a query and key.
+  __device__ A dense(int key, int row, int column) const {
+    const int i = at.origin.row + row, j = at.origin.column + column;
+    if (i >= in.shape.height || j >= in.shape.width || key >= in.shape.keys) return 0;
+    const auto* data = static_cast<const typename E::Storage*>(in.bias.data);
+    return to_acc(data[at.batch * in.bias.batch + at.head * in.bias.head +
+                       (i * in.shape.width + j) * in.bias.query + key * in.bias.key]);
+  }
+
+  __device__ A scale() const { return A(in.shape.scale); }
+};
+
+// Which weights dropout keeps: counter-based, see math/random.h.
+struct Dropper {
+  Dropout rule;
+  uint64_t seed;
+  int64_t batch_head;
+
+  __device__ Dropper(const AttentionInputs& in, int64_t batch_head_)
+      : rule(dropout_rule(in.shape.dropout_p)), seed(uint64_t(*in.seed)), batch_head(batch_head_) {}
+
+  __device__ bool keeps(int64_t query, int key) const {
+    const Random4 draw = dropout_draw(seed, batch_head, query, key / 4);
+    const uint32_t value = key % 4 == 0   ? draw.value[0]
+                           : key % 4 == 1 ? draw.value[1]
+                           : key % 4 == 2 ? draw.value[2]
+                                          : draw.value[3];
+    return value >= rule.threshold;
+  }
+};
+
+// The block's walk over the keys: k and v in shared memory, a stage at a time; with two buffers the
+// next stage is on its way while one is used. Keys that fit in one stage stay there for all tiles.
+template <class E>
+struct KeyStages {
+  using T = typename E::Storage;
+  using S = typename E::Shared;
+  const AttentionInputs& in;
+  const Plan& plan;
+  const BlockPlace& at;
+  S *k, *v;
+
+  __device__ KeyStages(const AttentionInputs& in_, const Plan& plan_, const BlockPlace& at_,
+                       char* shared)
+      : in(in_),
+        plan(plan_),
+        at(at_),
+        k(reinterpret_cast<S*>(shared + plan.at_k)),
+        v(reinterpret_cast<S*>(shared + plan.at_v)) {}
+
+  __device__ int offset(int first) const {
+    return first / plan.key_stage % plan.buffers * E::kChannels * E::key_pitch(plan);
+  }
+
+  __device__ void load(int first) const {
+    const int to = offset(first);
+    load_keys<E>(k + to, head_data<T>(in.k, in.shape, at), in.k, in.shape, plan, first, plan.k_vec);
+    load_keys<E>(v + to, head_data<T>(in.v, in.shape, at), in.v, in.shape, plan, first, plan.v_vec);
+    commit_copies();
+  }
+
+  // Calls use(k, v, first key, number of keys) for every stage. Stage 0 is loaded for tile 0 by the
+  // caller.
+  template <class Scorer, class Use>
+  __device__ void walk(Scorer& scorer, int tile, const Use& use) const {
+    const int keys = int(in.shape.keys), stage = plan.key_stage;
+    if (tile && keys > stage) load(0);
+    for (int first = 0; first < keys; first += stage) {
+      if (first && plan.buffers == 1) load(first);
+      wait_for_copies<0>();
+      if (tile == 0 || keys > stage)
+        scorer.stage(first);
+      else
+        __syncthreads();
+      if (plan.buffers == 2 && first + stage < keys) load(first + stage);
+      const int at_stage = offset(first);
+      use(k + at_stage, v + at_stage, first, min(stage, keys - first));
+      __syncthreads();
+    }
+  }
+};
+
+// e^(score - reference). In half precision with one rounding less to do, otherwise exact where the
+// two are equal.
+template <class E, class A>
+__device__ __forceinline__ A weight_of(A score, A reference) {
+  if constexpr (E::kTensorCores) return fast_exp2(fused(score, A(kLog2e), -reference * A(kLog2e)));
+  return fast_exp2((score - reference) * A(kLog2e));
+}
+
+// A warp's unit of the tile, as offsets in it.
+struct UnitPlace {
+  int row, column;
+
+  __device__ UnitPlace(int row_, int column_) : row(row_), column(column_) {}
+  __device__ UnitPlace(const Plan& plan, int unit) {
+    const int across = plan.columns / kUnitColumns;
+    row = unit / across * kUnitRows, column = unit % across * kUnitColumns;
+  }
+};
+
+template <class E, Bias kBias>
+__device__ void score_tiles(typename E::Acc (&s)[kUnitRows][E::kTiles][2],
+                            const Scorer<E, kBias>& scorer, UnitPlace unit, int first, int chunk,
+                            int tiles) {
+  using A = typename E::Acc;
+  const A scale = scorer.scale();
+  const int column = unit.column + E::g();
+#pragma unroll
+  for (int i = 0; i < E::kTiles * 2; ++i) {
+    const int n = chunk + i / 2 * 8 + 2 * E::t() + i % 2;
+    if (i / 2 < tiles) {
+      A bias[kUnitRows] = {};
+      if constexpr (kBias != Bias::direct) {
+        scorer.window.values(bias, n, unit.row, column);
+        if (scorer.far && scorer.window.is_far(n)) {
+#pragma unroll
+          for (int r = 0; r < kUnitRows; ++r) bias[r] = 0;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kUnitRows; ++r) {
+        A& score = s[r][i / 2][i % 2];
+        score = score * scale + bias[r];
+      }
+    }
+  }
+  const int left = int(scorer.in.shape.keys) - first - chunk;
+  if (left < 8 * E::kTiles) {
+#pragma unroll
+    for (int i = 0; i < E::kTiles * 2; ++i)
+#pragma unroll
+      for (int r = 0; r < kUnitRows; ++r)
+        if (i / 2 * 8 + 2 * E::t() + i % 2 >= left) s[r][i / 2][i % 2] = -INFINITY;
+  }
+  if (!scorer.has_unusual()) return;
+#pragma unroll 1
+  for (int i = 0; i < E::kTiles * 2; ++i) {
+    const int n = chunk + i / 2 * 8 + 2 * E::t() + i % 2;
+    if (i / 2 >= tiles) break;
+    // Selected, not indexed: registers have no addresses.
+    A extra[kUnitRows];
+#pragma unroll 1
+    for (int r = 0; r < kUnitRows; ++r) {
+      const A value = scorer.unusual(first, n, unit.row + r, column);
+#pragma unroll
+      for (int j = 0; j < kUnitRows; ++j) extra[j] = j == r ? value : extra[j];
+    }
+#pragma unroll
+    for (int j = 0; j < E::kTiles * 2; ++j)
+#pragma unroll
+      for (int r = 0; r < kUnitRows; ++r)
+        if (j == i) s[r][j / 2][j % 2] += extra[r];
+  }
+}
+
+template <class E>
+__device__ void drop_weights(typename E::Acc (&p)[kUnitRows][E::kTiles][2],
+                             const AttentionInputs& in, const BlockPlace& at, UnitPlace unit,
+                             int key) {
+  constexpr int kKeys = E::kTiles * 2;
+  const Dropper dropper(in, at.batch_head);
+  const int64_t first =
+      int64_t(at.origin.row + unit.row) * in.shape.width + at.origin.column + unit.column + E::g();
+  unsigned kept = 0;
+#pragma unroll 1
+  for (int i = 0; i < kUnitRows * kKeys; ++i) {
+    const int n = key + i % kKeys / 2 * 8 + 2 * E::t() + i % 2;
+    kept |= unsigned(dropper.keeps(first + i / kKeys * in.shape.width, n)) << i;
+  }
+#pragma unroll
+  for (int i = 0; i < kUnitRows * kKeys; ++i)
+    (&p[0][0][0])[i] *= typename E::Acc(kept >> i & 1 ? dropper.rule.scale : 0.);
+}
+
+}  // namespace dat::cuda

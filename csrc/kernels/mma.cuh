@@ -1,0 +1,249 @@
+// Matrix products of a warp on tensor cores: float16 or bfloat16 operands from shared memory, float
+// accumulators in registers.
+//
+// Lane l = 4 g + t. A unit's scores are s[r][nt][e]: query (row r, column g), key 8 nt + 2 t + e;
+// transposed, s[r][k][c]: key g + 8 k, query (row r, column 2 t + c). Both are the layout of an
+// accumulator, and at the same time that of the operand of the product that follows, so scores
+// never pass through shared memory.
+#pragma once
+
+#include "plan.h"
+#include "ptx.cuh"
+
+namespace dat::cuda {
+
+// kTiles_: how many tiles of 8 keys a step of the loop over keys takes.
+template <class T, int kChannels_, int kTiles_ = 4>
+struct Mma {
+  using Storage = T;  // in global memory
+  using Shared = T;
+  using Acc = float;
+  static constexpr bool kTensorCores = true;
+  static constexpr int kChannels = kChannels_;
+  static constexpr int kTiles = kTiles_;
+  using Short = Mma<T, kChannels_, 2>;  // the same with shorter steps, in fewer registers
+  static constexpr int kScratch = 0;    // values of shared memory for each warp
+  static constexpr int kKeyLanes = 3;   // bits of the lane that tell keys of a query apart
+  static constexpr int kSteps = kChannels / 16;
+
+  // Between channels in shared memory: such that eight of them start in different banks, and known
+  // to the compiler.
+  static constexpr int kQueryPitch = kMaxUnits * kWarp + 8, kKeyPitch = 64 + 8;
+  __device__ static int query_pitch(const Plan&) { return kQueryPitch; }
+  __device__ static int key_pitch(const Plan&) { return kKeyPitch; }
+
+  __device__ static int g() { return threadIdx.x % kWarp / 4; }
+  __device__ static int t() { return threadIdx.x % 4; }
+
+  // Queries of a unit as the left operand. Kept in registers where there is room.
+  struct Queries {
+    static constexpr bool kKept = kChannels <= 32;
+    unsigned m[kKept ? kSteps : 1][2][4];
+    unsigned address;
+    int pitch;
+
+    // unit: channel 0, first row and column; `columns` values between rows.
+    __device__ Queries(const T* unit, int pitch_, int columns) : pitch(pitch_) {
+      const int lane = threadIdx.x % kWarp;
+      const int c = lane % 8 + lane / 16 * 8, row = lane / 8 % 2;
+      address = shared_address(unit + c * pitch + row * columns);
+      two_rows = 2 * columns * int(sizeof(T));
+      if constexpr (kKept)
+        for (int k = 0; k < kSteps; ++k) load(m[k], k);
+    }
+    __device__ void load(unsigned (&to)[2][4], int k) const {
+      const unsigned at = address + k * 16 * pitch * int(sizeof(T));
+      load_matrices<true>(to[0], at);
+      load_matrices<true>(to[1], at + two_rows);
+    }
+    int two_rows;
+  };
+
+  // s = q k for `tiles` tiles of keys from key 0 of `keys` on.
+  __device__ static void scores(float (&s)[kUnitRows][kTiles][2], const Queries& q, const T* keys,
+                                int pitch, int tiles) {
+    const int lane = threadIdx.x % kWarp;
+    const unsigned at = shared_address(keys + (lane % 16) * pitch + lane / 16 * 8);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      unsigned a[2][4];
+      if constexpr (Queries::kKept)
+        for (int i = 0; i < 8; ++i) (&a[0][0])[i] = (&q.m[k][0][0])[i];
+      else
+        q.load(a, k);
+#pragma unroll
+      for (int nt = 0; nt < kTiles; nt += 2) {
+        if (nt >= tiles) continue;
+        unsigned b[4];
+        load_matrices<true>(b, at + (k * 16 * pitch + nt * 8) * int(sizeof(T)));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (half && nt + 1 >= tiles) continue;
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            float (&top)[2] = s[2 * m][nt + half], (&bottom)[2] = s[2 * m + 1][nt + half];
+            if (k == 0)
+              mma<T, true>(top[0], top[1], bottom[0], bottom[1], a[m], b[2 * half],
+                           b[2 * half + 1]);
+            else
+              mma<T>(top[0], top[1], bottom[0], bottom[1], a[m], b[2 * half], b[2 * half + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  // Weighted sums over keys, transposed: rows are channels, columns the queries of one row.
+  struct Sums {
+    float m[kSteps][kUnitRows][4];
+
+    __device__ void clear() {
+#pragma unroll
+      for (int i = 0; i < kSteps * kUnitRows * 4; ++i) (&m[0][0][0])[i] = 0;
+    }
+
+    // += values p for `tiles` tiles of keys from key 0 of `values` on; p is 0 past them.
+    __device__ void add(const float (&p)[kUnitRows][kTiles][2], const T* values, int pitch,
+                        int tiles, T*) {
+      const int lane = threadIdx.x % kWarp;
+      const unsigned at = shared_address(values + lane % 16 * pitch + lane / 16 * 8);
+#pragma unroll
+      for (int nt = 0; nt < kTiles; nt += 2) {
+        if (nt >= tiles) continue;
+        unsigned b[kUnitRows][2];
+#pragma unroll
+        for (int r = 0; r < kUnitRows; ++r) {
+          b[r][0] = pack<T>(p[r][nt][0], p[r][nt][1]);
+          b[r][1] = pack<T>(p[r][nt + 1][0], p[r][nt + 1][1]);
+        }
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+          unsigned a[4];
+          load_matrices<false>(a, at + (k * 16 * pitch + nt * 8) * int(sizeof(T)));
+#pragma unroll
+          for (int r = 0; r < kUnitRows; ++r) {
+            float (&c)[4] = m[k][r];
+            mma<T>(c[0], c[1], c[2], c[3], a, b[r][0], b[r][1]);
+          }
+        }
+      }
+    }
+
+    // *= factor of each query, which the lanes of column g hold.
+    __device__ void scale(const float (&factor)[kUnitRows]) {
+#pragma unroll
+      for (int r = 0; r < kUnitRows; ++r) {
+        const float even = __shfl_sync(kAllLanes, factor[r], t() * 8);
+        const float odd = __shfl_sync(kAllLanes, factor[r], t() * 8 + 4);
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+          m[k][r][0] *= even, m[k][r][2] *= even;
+          m[k][r][1] *= odd, m[k][r][3] *= odd;
+        }
+      }
+    }
+
+    __device__ void store(T* unit, int pitch, int columns) const {
+      unit += g() * pitch + 2 * t();
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+        for (int r = 0; r < kUnitRows; ++r)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<unsigned*>(unit + (k * 16 + half * 8) * pitch + r * columns) =
+                pack<T>(m[k][r][2 * half], m[k][r][2 * half + 1]);
+    }
+  };
+
+  // 16 keys as the left operand. Kept in registers where there is room.
+  struct Keys {
+    static constexpr bool kKept = kChannels <= 32;
+    unsigned m[kKept ? kSteps : 1][4];
+    unsigned address;
+    int pitch;
+
+    __device__ Keys(const T* keys, int pitch_) : pitch(pitch_) {
+      const int lane = threadIdx.x % kWarp;
+      address = shared_address(keys + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+      if constexpr (kKept)
+        for (int k = 0; k < kSteps; ++k) load(m[k], k);
+    }
+    __device__ void load(unsigned (&to)[4], int k) const {
+      load_matrices<true>(to, address + k * 16 * pitch * int(sizeof(T)));
+    }
+  };
+
+  // s = k q, transposed, for a unit.
+  __device__ static void scores(float (&s)[kUnitRows][2][2], const Keys& keys, const T* unit,
+                                int pitch, int columns) {
+    const int lane = threadIdx.x % kWarp;
+    // Two rows of queries at a time: matrices (channels 0-7, 8-15) of either.
+    const unsigned at = shared_address(unit + lane % 16 * pitch + lane / 16 * columns);
+#pragma unroll
+    for (int r = 0; r < kUnitRows; r += 2) {
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        unsigned a[4], b[4];
+        if constexpr (Keys::kKept)
+          for (int i = 0; i < 4; ++i) a[i] = keys.m[k][i];
+        else
+          keys.load(a, k);
+        load_matrices<true>(b, at + (k * 16 * pitch + r * columns) * int(sizeof(T)));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float (&c)[2][2] = s[r + half];
+          if (k == 0)
+            mma<T, true>(c[0][0], c[0][1], c[1][0], c[1][1], a, b[2 * half], b[2 * half + 1]);
+          else
+            mma<T>(c[0][0], c[0][1], c[1][0], c[1][1], a, b[2 * half], b[2 * half + 1]);
+        }
+      }
+    }
+  }
+
+  // Weighted sums over queries: [16 keys][channels].
+  struct KeySums {
+    float m[kChannels / 8][4];
+
+    __device__ void clear() {
+#pragma unroll
+      for (int i = 0; i < kChannels / 2; ++i) (&m[0][0])[i] = 0;
+    }
+
+    // += p unit, over the unit's queries.
+    __device__ void add(const float (&p)[kUnitRows][2][2], const T* unit, int pitch, int columns,
+                        T*) {
+      const int lane = threadIdx.x % kWarp;
+      const unsigned at =
+          shared_address(unit + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * columns);
+#pragma unroll
+      for (int r = 0; r < kUnitRows; r += 2) {
+        const unsigned a[4] = {pack<T>(p[r][0][0], p[r][0][1]), pack<T>(p[r][1][0], p[r][1][1]),
+                               pack<T>(p[r + 1][0][0], p[r + 1][0][1]),
+                               pack<T>(p[r + 1][1][0], p[r + 1][1][1])};
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+          unsigned b[4];
+          load_matrices<false>(b, at + (k * 16 * pitch + r * columns) * int(sizeof(T)));
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float (&c)[4] = m[2 * k + half];
+            mma<T>(c[0], c[1], c[2], c[3], a, b[2 * half], b[2 * half + 1]);
+          }
+        }
+      }
+    }
+
+    // f(key of 16, channel, value) for what this lane holds.
+    template <class F>
+    __device__ void each(const F& f) {
+#pragma unroll
+      for (int i = 0; i < kChannels / 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) f(g() + j / 2 * 8, i * 8 + 2 * t() + j % 2, m[i][j]);
+    }
+  };
+};
+
+}  // namespace dat::cuda

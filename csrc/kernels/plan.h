@@ -1,0 +1,70 @@
+// How an attention problem is cut into blocks: decided once by the launcher, read by the kernels.
+//
+// A warp's unit of queries is 4 rows of 8 neighbouring columns of the query map; a block's tile is
+// a rectangle of units. Query tiles lie in shared memory as [channel][row][column], keys and values
+// as [channel][key]: as in global memory, so that copies are straight and every matrix product
+// finds its operands with ldmatrix, transposed or not.
+#pragma once
+
+#include "../params.h"
+
+namespace dat::cuda {
+
+constexpr int kUnitRows = 4, kUnitColumns = 8;
+
+// Units of a tile at most. As many warps a block, three blocks a multiprocessor, leave 168
+// registers a thread.
+constexpr int kMaxUnits = 4;
+
+// How the bias reaches the scores.
+enum class Bias : int {
+  direct,   // none, dense, or a table read from global memory: any slope, any size
+  unit,     // table at slope 1: a window of it in shared memory
+  slope,    // table at slopes up to 1 (along y): two rows of queries meet at most three table rows
+  shallow,  // table at slopes up to 1/3 (along y): four rows of queries do
+};
+
+struct Plan {
+  int rows, columns;                // of a query tile
+  int down, across;                 // tiles of the map
+  int tiles_down;                   // tiles that a block takes, one below the other
+  int splits;                       // backward over keys: blocks that share the queries of a key
+  int key_stage;                    // keys in shared memory at a time: 16, 32 or 64
+  int query_pitch;                  // values between channels in shared memory
+  int key_pitch;                    //   "
+  int buffers;                      // for keys, 1 or 2
+  int window_rows, window_columns;  // of the table in shared memory
+  TableAxis<double> y, x;
+  TableAxis<float> narrow_y, narrow_x;  // the same
+
+  template <class A>
+  DAT_HD const TableAxis<A>& axis_y() const {
+    if constexpr (sizeof(A) == 8)
+      return y;
+    else
+      return narrow_y;
+  }
+  template <class A>
+  DAT_HD const TableAxis<A>& axis_x() const {
+    if constexpr (sizeof(A) == 8)
+      return x;
+    else
+      return narrow_x;
+  }
+  // Values that one access moves; 1 where strides or alignment want it. 0: channels are the
+  // contiguous dimension.
+  int q_vec, k_vec, v_vec, out_vec, grad_out_vec;
+  // Where things are in shared memory, in bytes.
+  int at_q, at_grad_out, at_k, at_v, at_rows, at_window, at_grad_window, at_keys, at_scratch,
+      shared;
+};
+
+// Scratch in global memory of the backward, all in the accumulation type.
+struct BackwardScratch {
+  void* delta;            // [B, h, M], sum over channels of grad_out * out
+  void *grad_k, *grad_v;  // [splits, B, C, N], or null: one split writes the result
+  void* grad_pos;         // [splits, B, h, N, 2], or null: as above
+  void* grad_table;       // deterministic: [blocks of a head, B, h, Th, Tw] zeroed, else null
+};
+
+}  // namespace dat::cuda

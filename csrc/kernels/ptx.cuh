@@ -1,0 +1,119 @@
+// The few instructions that CUDA C++ has no name for.
+#pragma once
+
+#include "common.cuh"
+
+namespace dat::cuda {
+
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return unsigned(__cvta_generic_to_shared(p));
+}
+
+// Four 8x8 matrices of 16-bit values; lanes 8 i .. 8 i + 7 give the rows of matrix i. Lane l gets
+// of each the pair at (row l / 4, columns 2 (l % 4), + 1), transposed: (rows 2 (l % 4), + 1, column
+// l / 4).
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(unsigned (&m)[4], unsigned address) {
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// c [16, 8] = a [16, 16] b [16, 8], added to c unless kFirst. Lane l holds of c rows l / 4 (c0, c1)
+// and l / 4 + 8 (c2, c3), columns 2 (l % 4), + 1.
+template <class T, bool kFirst = false>
+__device__ __forceinline__ void mma(float& c0, float& c1, float& c2, float& c3,
+                                    const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  const float d0 = kFirst ? 0.f : c0, d1 = kFirst ? 0.f : c1;
+  const float d2 = kFirst ? 0.f : c2, d3 = kFirst ? 0.f : c3;
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(c0), "=f"(c1), "=f"(c2), "=f"(c3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(d0), "f"(d1), "f"(d2),
+          "f"(d3));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(c0), "=f"(c1), "=f"(c2), "=f"(c3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(d0), "f"(d1), "f"(d2),
+          "f"(d3));
+}
+
+template <class T>
+__device__ __forceinline__ unsigned pack(float low, float high) {
+  unsigned bits;
+  if constexpr (std::is_same_v<T, __half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// Asynchronous copy of kBytes (4, 8 or 16) to an address in shared memory, both sides aligned to
+// that; zeros unless `inside`, and then nothing is read.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(unsigned shared, const void* global, bool inside) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global),
+               "n"(kBytes), "r"(inside ? kBytes : 0)
+               : "memory");
+#else
+  using Word = Vec<unsigned, kBytes / 4>;
+  *static_cast<Word*>(__cvta_shared_to_generic(shared)) =
+      inside ? *static_cast<const Word*>(global) : Word{};
+#endif
+}
+
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most kPending of this thread's groups of copies are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// Base-2 exponential and logarithm; in float the hardware's, off by some units in the last place.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ double fast_exp2(double x) { return exp2(x); }
+
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ double fast_log2(double x) { return log2(x); }
+
+// a b + c rounded once. Said aloud where c is itself a product: the compiler may fuse that one.
+__device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+
+// a + b, clamped to [0, 1].
+__device__ __forceinline__ float add_saturated(float a, float b) {
+  float sum;
+  asm("add.sat.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+  return sum;
+}
+__device__ __forceinline__ double add_saturated(double a, double b) {
+  const double sum = a + b;
+  return sum < 0 ? 0 : (sum > 1 ? 1 : sum);
+}
+
+}  // namespace dat::cuda
