@@ -71,13 +71,20 @@ inline void check_same_kind(const Tensor& t, const char* name, const Tensor& lik
   STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the device of ", like_name);
 }
 
-// For coordinates, tables and other things that are computed with, not stored as features.
+inline ScalarType accumulation_type(const Tensor& features) {
+  return features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// For coordinates, tables and other things that are computed with, not stored as features. Those
+// that come from a module's parameters may have the features' own dtype: it is theirs in a module
+// in half precision.
 inline void check_accumulation(const Tensor& t, const char* name, const Tensor& like,
-                               const char* like_name) {
-  const ScalarType wanted =
-      like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(t.scalar_type() == wanted, name, " must be ", dtype_name(wanted), " for ",
-                  dtype_name(like.scalar_type()), " ", like_name, ", got ",
+                               const char* like_name, bool or_own = false) {
+  const ScalarType wanted = accumulation_type(like), own = like.scalar_type();
+  or_own = or_own && own != wanted;
+  STD_TORCH_CHECK(t.scalar_type() == wanted || (or_own && t.scalar_type() == own), name,
+                  " must be ", dtype_name(wanted), or_own ? " or " : "",
+                  or_own ? dtype_name(own) : "", " for ", dtype_name(own), " ", like_name, ", got ",
                   dtype_name(t.scalar_type()));
   STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the device of ", like_name);
 }
@@ -121,14 +128,21 @@ inline SampleShape check_sample(const Tensor& x, const Tensor& offset, int64_t g
                   " channels of x, got ", groups);
   check_shape(offset, "offset", {x.size(0) * groups, 2, offset.size(2), offset.size(3)},
               "[B * G, 2, Hk, Wk]");
-  check_accumulation(offset, "offset", x, "x");
+  check_accumulation(offset, "offset", x, "x", /*or_own=*/true);
   check_size(x.size(2), "H of x"), check_size(x.size(3), "W of x");
   check_size(offset.size(2), "Hk of offset"), check_size(offset.size(3), "Wk of offset");
   STD_TORCH_CHECK(factor == factor, "offset_range_factor must be a number, got NaN");
-  return {x.size(0),      groups,    x.size(1),
-          x.size(2),      x.size(3), offset.size(2),
-          offset.size(3), factor,    parse_version(version),
-          dtype};
+  return {x.size(0),
+          groups,
+          x.size(1),
+          x.size(2),
+          x.size(3),
+          offset.size(2),
+          offset.size(3),
+          factor,
+          parse_version(version),
+          dtype,
+          offset.scalar_type() != accumulation_type(x)};
 }
 
 inline void check_table(const Tensor& q, const Tensor& pos, const Tensor& table, int64_t heads,
@@ -140,7 +154,7 @@ inline void check_table(const Tensor& q, const Tensor& pos, const Tensor& table,
                   " groups, which must divide the ", heads, " heads");
   check_dims(table, "rpe_table", 3, "[heads, Th, Tw]");
   check_shape(table, "rpe_table", {heads, table.size(1), table.size(2)}, "[heads, Th, Tw]");
-  check_accumulation(table, "rpe_table", q, "q");
+  check_accumulation(table, "rpe_table", q, "q", /*or_own=*/true);
   check_size(table.size(1), "Th of rpe_table"), check_size(table.size(2), "Tw of rpe_table");
 }
 
@@ -182,6 +196,7 @@ inline AttentionInputs check_attention(const Tensor& q, const Tensor& k, const T
     check_table(q, *pos, *table, heads, k.size(2));
     in.shape.groups = pos->size(1);
     in.shape.table_h = table->size(1), in.shape.table_w = table->size(2);
+    in.shape.table_in_dtype = table->scalar_type() != accumulation_type(q);
     in.pos = pos->data_ptr(), in.table = table->data_ptr();
   }
   if (bias) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, cast
 
 import torch
@@ -202,13 +203,13 @@ class DAttention(nn.Module):
             offset = x.new_zeros(batch * self.n_groups, 2, hk, wk)
         else:
             grouped = q.reshape(-1, self.n_group_channels, height, width)
-            if is_native(q) and not torch.compiler.is_compiling() and height * width <= 256:
-                # On the CPU a small map's depthwise backward is faster so (docs/cpu-kernels.md).
+            if _has_cpu_ways(q) and height * width <= 256:
+                # A small map's depthwise backward is faster so (docs/cpu-kernels.md).
                 grouped = grouped.contiguous(memory_format=torch.channels_last)
             offset = self.conv_offset(grouped)
             hk, wk = offset.shape[2:]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        reference = reference_points(hk, wk, self.version, dtype=dtype, device=x.device)
+        reference = _reference_points(x, hk, wk, self.version, dtype)
         reference = reference.expand(batch, self.n_groups, -1, -1, -1)
         if self.no_off and self.version == "dat++":
             sampled = F.avg_pool2d(x, self.stride, self.stride).flatten(2)
@@ -242,6 +243,30 @@ class DAttention(nn.Module):
         return None
 
 
+def _reference_points(
+    x: Tensor, height: int, width: int, version: str, dtype: torch.dtype
+) -> Tensor:
+    """[height, width, 2] for an input x: kept between calls, since on a GPU making them takes more
+    launches than all the rest. Not so while tracing, which must not leave its tensors behind."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return reference_points(height, width, version, dtype=dtype, device=x.device)
+    return _kept_reference_points(height, width, version, dtype, x.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_reference_points(
+    height: int, width: int, version: str, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    with torch.inference_mode(False):
+        return reference_points(height, width, version, dtype=dtype, device=device)
+
+
+def _has_cpu_ways(x: Tensor) -> bool:
+    """Whether to compute around the operators as native CPU kernels deserve; elsewhere, and in what
+    a compiler sees, the plain module is best."""
+    return x.device.type == "cpu" and is_native(x) and not torch.compiler.is_compiling()
+
+
 def _project(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """1x1 convolution of x [B, C, H, W] or [B, C, N].
 
@@ -249,7 +274,7 @@ def _project(conv: nn.Conv2d, x: Tensor) -> Tensor:
     there than the convolution (docs/benchmarks.md): over channels-first maps, or, with fewer pixels
     than channels, over channels-last ones, whose weight gradient is one product for all images.
     """
-    if torch.compiler.is_compiling() or not is_native(x) or not _is_plain(conv):
+    if not _has_cpu_ways(x) or not _is_plain(conv):
         return conv(x) if x.dim() == 4 else conv(x.unsqueeze(2)).squeeze(2)
     flat, weight, bias = x.flatten(2), conv.weight.flatten(1), cast(Tensor, conv.bias)
     if flat.shape[2] < flat.shape[1]:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat_cuda import reference
+from dat_cuda import _C, reference
 
 __all__ = ["backend", "deform_attention", "deform_sample"]
 
 BACKENDS = ("auto", "reference")
-NATIVE_DEVICES = ("cpu",)
+NATIVE_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 
 _ops = torch.ops.dat_cuda
 _backend = "auto"
@@ -51,6 +51,12 @@ def is_native(features: Tensor) -> bool:
 
 def _accumulation_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def _readable(parameter: Tensor, features: Tensor) -> Tensor:
+    """An offset or a table in a dtype that the operators read: cast only if it has neither."""
+    accumulation = _accumulation_dtype(features)
+    return parameter if parameter.dtype == features.dtype else parameter.to(accumulation)
 
 
 def _check_device(device: torch.device, **tensors: Tensor | None) -> None:
@@ -103,8 +109,8 @@ def deform_sample(
         return reference.deform_sample(
             x, offset, groups=groups, offset_range_factor=offset_range_factor, version=version
         )
-    offset = offset.to(_accumulation_dtype(x))
-    return _Sample.call(x, offset, groups, float(offset_range_factor), version)
+    settings = groups, float(offset_range_factor), version
+    return _Sample.call(x, _readable(offset, x), *settings)
 
 
 def deform_attention(
@@ -148,7 +154,9 @@ def deform_attention(
         ``out [B, C, H, W]`` in the dtype of q, differentiable in q, k, v, pos, rpe_table and bias.
         A NaN position gives NaN where its key takes part, an infinite one no table bias.
 
-    Under ``torch.autocast`` float32 q, k, v and bias are cast to the autocast dtype.
+    Under ``torch.autocast`` float32 q, k, v and bias are cast to the autocast dtype. On CUDA
+    the gradients of rpe_table, and of a bias that is broadcast, repeat bit by bit only where
+    ``torch.use_deterministic_algorithms`` asks for it.
 
     Raises:
         RuntimeError, ValueError: an argument has the wrong shape, dtype or value.
@@ -167,11 +175,10 @@ def deform_attention(
         )  # fmt: skip
     if scale is None:
         scale = (q.shape[1] // heads) ** -0.5
-    coordinates = _accumulation_dtype(q)
     if rpe_table is None:
         pos = None
     elif pos is not None:
-        pos, rpe_table = pos.to(coordinates), rpe_table.to(coordinates)
+        pos, rpe_table = pos.to(_accumulation_dtype(q)), _readable(rpe_table, q)
     if bias is not None:
         bias = _four_dims(bias, q, k)
     seed = None
@@ -226,7 +233,7 @@ def _(q, k, v, pos, rpe_table, bias, seed, heads, scale, dropout_p, version):
 @torch.library.register_fake("dat_cuda::deform_attention_backward")
 def _(
     grad_out, q, k, v, pos, rpe_table, bias, seed, out, lse, heads, scale, dropout_p, version,
-    bias_grad,
+    bias_grad, deterministic,
 ):  # fmt: skip
     none = lse.new_empty((0,))
     return (
@@ -329,6 +336,7 @@ class _Attention(_Operator):
         *grads, grad_pos, grad_table, grad_bias = _ops.deform_attention_backward(
             grad_out, q, k, v, pos, rpe_table, bias, seed, out, lse,
             ctx.heads, ctx.scale, ctx.dropout_p, ctx.version, bias_grad,
+            torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         if rpe_table is None:
             grad_pos = grad_table = None
