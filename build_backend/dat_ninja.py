@@ -8,10 +8,10 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import dat_toolchain
-import pybind11
 from dat_toolchain import OLDEST_TORCH, BuildError, Nvcc, Torch
 
 # In the order of linking. An inline function of the standard library that several variants
@@ -26,8 +26,7 @@ CXX_FLAGS = (
     "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wextra "
     "-ffp-contract=fast -fno-math-errno"
 )
-NVCC_FLAGS = "-std=c++17 -O3 -DNDEBUG -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
-DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+NVCC_FLAGS = "-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden"
 
 RULES = """
 rule cxx
@@ -52,12 +51,6 @@ def simd_variants() -> list[str]:
     if platform.machine().lower() in ("x86_64", "amd64"):
         return list(SIMD_FLAGS)
     return ["baseline"]
-
-
-def cuda_architectures() -> list[str]:
-    """What TORCH_CUDA_ARCH_LIST names, e.g. ["8.0", "9.0+PTX"]."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
-    return re.split(r"[; ]+", wanted.strip())
 
 
 def _architecture_flags(architectures: Iterable[str]) -> Iterable[str]:
@@ -95,6 +88,10 @@ class NinjaFile:
             self.lines.append(f"nvcc = {_flags(nvcc.command, '-ccbin', self.compiler[0])}")
         self.lines.append(RULES)
 
+    @cached_property
+    def architectures(self) -> list[str]:
+        return dat_toolchain.cuda_architectures(self.nvcc)
+
     def sources(self, pattern: str) -> list[Path]:
         return sorted(path.relative_to(self.project) for path in self.project.glob(pattern))
 
@@ -118,10 +115,12 @@ class NinjaFile:
 
     def module_flags(self) -> list[str]:
         """What csrc/module.cpp alone needs: Python, pybind11 and the facts that it reports."""
+        import pybind11
+
         flags = [f'-DDAT_VERSION="{self.version}"', f'-DDAT_TORCH_VERSION="{self.torch.version}"']
         if self.nvcc:
             flags.append(f'-DDAT_CUDA_VERSION="{self.nvcc.version}"')
-            flags.append(f'-DDAT_CUDA_ARCHITECTURES="{";".join(cuda_architectures())}"')
+            flags.append(f'-DDAT_CUDA_ARCHITECTURES="{";".join(self.architectures)}"')
         for include in (pybind11.get_include(), sysconfig.get_path("include")):
             flags += ["-isystem", include]
         return flags
@@ -140,37 +139,45 @@ class NinjaFile:
             for source in kernels:
                 self.compile("cxx", source, common + flags, variant)
         if self.nvcc:
-            flags = NVCC_FLAGS.split() + ["-Icsrc", *_architecture_flags(cuda_architectures())]
-            for source in self.sources("csrc/cuda/*.cu"):
-                self.compile("nvcc", source, flags)
+            self.add_cuda_sources(_architecture_flags(self.architectures))
 
-    def link(self, output: Path) -> None:
-        # No run path: dat_cuda imports torch first, which loads these libraries.
-        flags = [f"-L{self.torch.lib}", "-ltorch_cpu"]
-        linker = _flags(*self.compiler, "-shared", "-Wl,--as-needed")
+    def add_cuda_sources(self, flags: Iterable[str]) -> None:
+        flags = [*NVCC_FLAGS.split(), *flags]
+        for source in self.sources("csrc/cuda/*.cu"):
+            self.compile("nvcc", source, flags)
+
+    def linker(self) -> str:
         if platform.system() == "Darwin":
-            linker = _flags(*self.compiler, "-bundle", "-undefined", "dynamic_lookup")
-        elif self.nvcc:
-            linker = "$nvcc -shared -cudart static -Xlinker --as-needed"
+            return _flags(*self.compiler, "-bundle", "-undefined", "dynamic_lookup")
+        if self.nvcc:
+            return "$nvcc -shared -cudart static -Xlinker --as-needed"
+        return _flags(*self.compiler, "-shared", "-Wl,--as-needed")
+
+    def link(self, output: Path, *more_flags: str) -> None:
+        # No run path: dat_cuda imports torch first, which loads these libraries.
+        flags = [f"-L{self.torch.lib}", "-ltorch_cpu", *more_flags]
         flags += shlex.split(os.environ.get("LDFLAGS", ""))
         inputs = " ".join(_path(target) for target in self.objects)
         self.lines.append(f"build {_path(output)}: link {inputs}")
-        self.lines.append(f"  linker = {linker}")
+        self.lines.append(f"  linker = {self.linker()}")
         self.lines.append(f"  flags = {_flags(*flags)}\n")
+
+    def run(self) -> None:
+        """Brings the outputs up to date; in `project`, so that no path of it gets built in."""
+        self.build_dir.mkdir(parents=True, exist_ok=True)
+        path = self.build_dir / "build.ninja"
+        path.write_text("\n".join(self.lines))
+        command = [sys.executable, "-m", "ninja", "-f", str(path)]
+        if jobs := os.environ.get("MAX_JOBS"):
+            command += ["-j", jobs]
+        if subprocess.run(command, cwd=self.project).returncode:
+            raise BuildError("compiling dat_cuda failed: the compiler's messages are above")
 
 
 def build_extension(project: Path, build_dir: Path, output: Path, version: str) -> None:
-    """Compiles and links `output`; ninja runs in `project`, so that no path of it gets built in."""
-    has_cuda_sources = any(project.glob("csrc/cuda/*.cu"))
-    nvcc = dat_toolchain.find_nvcc() if has_cuda_sources else None
+    wants_cuda = os.environ.get("DAT_CUDA") != "0" and any(project.glob("csrc/cuda/*.cu"))
+    nvcc = dat_toolchain.find_nvcc() if wants_cuda else None
     ninja_file = NinjaFile(project, build_dir, version, dat_toolchain.require_torch(), nvcc)
     ninja_file.add_sources()
     ninja_file.link(output)
-    build_dir.mkdir(parents=True, exist_ok=True)
-    path = build_dir / "build.ninja"
-    path.write_text("\n".join(ninja_file.lines))
-    command = [sys.executable, "-m", "ninja", "-f", str(path)]
-    if jobs := os.environ.get("MAX_JOBS"):
-        command += ["-j", jobs]
-    if subprocess.run(command, cwd=project).returncode:
-        raise BuildError("compiling dat_cuda failed: the compiler's messages are above")
+    ninja_file.run()

@@ -20,6 +20,10 @@ from pathlib import Path
 OLDEST_TORCH = (2, 13)
 TORCH_REQUIREMENT = "torch>={}.{}".format(*OLDEST_TORCH)
 
+# The newest that nvcc knows comes as PTX too, which the driver compiles for newer GPUs.
+CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+ARCHITECTURE = re.compile(r"(\d+\.\d)[af]?(\+PTX)?")
+
 
 class BuildError(Exception):
     """Why the build cannot go on: one sentence that names the remedy."""
@@ -122,6 +126,42 @@ def find_nvcc() -> Nvcc | None:
     answer = subprocess.run([command, "--version"], capture_output=True, text=True)
     release = re.search(r"release (\d+\.\d+)", answer.stdout)
     return Nvcc(command, release[1]) if release else None
+
+
+def _answer(*command: str) -> list[str]:
+    """The lines that a command prints; none where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return []
+    run = subprocess.run(command, capture_output=True, text=True)
+    return [line.strip() for line in run.stdout.splitlines()] if run.returncode == 0 else []
+
+
+def cuda_architectures(nvcc: Nvcc) -> list[str]:
+    """What to compile for, e.g. ["8.0", "9.0+PTX"]: what TORCH_CUDA_ARCH_LIST names, else the GPUs
+    of this machine, else all that are supported; but nothing that nvcc does not know."""
+    numbers = re.findall(r"compute_(\d+)(\d)\b", " ".join(_answer(nvcc.command, "--list-gpu-arch")))
+    known = {".".join(number) for number in numbers}
+    present = _answer("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        wanted = re.split(r"[; ]+", listed.strip("; "))
+        if wrong := [name for name in wanted if not ARCHITECTURE.fullmatch(name)]:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got {wrong[0]!r}")
+    elif present and known.issuperset(present):
+        wanted = sorted(set(present), key=float)
+    else:
+        wanted = [*CUDA_ARCHITECTURES]
+        newest = max(known.intersection(wanted), key=wanted.index, default=wanted[-1])
+        wanted[wanted.index(newest)] += "+PTX"
+    kept = [name for name in wanted if ARCHITECTURE.match(name)[1] in known]
+    left_out = ", ".join(name for name in wanted if name not in kept)
+    if not kept:
+        raise BuildError(
+            f"nvcc {nvcc.version} does not compile for {left_out}: choose others with "
+            "TORCH_CUDA_ARCH_LIST, or build without CUDA with DAT_CUDA=0"
+        )
+    if left_out:
+        print(f"dat_cuda: not compiling for {left_out}, which nvcc {nvcc.version} does not know")
+    return kept
 
 
 def check_before_build() -> Torch | None:
