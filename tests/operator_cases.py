@@ -8,6 +8,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, product
+from unittest import mock
 
 import naive
 import torch
@@ -105,6 +106,7 @@ class SampleCase:
     groups: int
     layout: str
     threads: int
+    accurate: bool = True  # the offset has the dtype that is computed in, not that of x
 
     @property
     def options(self):
@@ -118,6 +120,8 @@ class SampleCase:
         x = torch.randn(BATCH, self.groups * self.channels, *self.size).to(self.dtype)
         shape = (BATCH * self.groups, 2, *self.keys)
         offset = redraw(lambda: torch.randn(shape).to(self.dtype), self._near)
+        if self.accurate:
+            offset = offset.to(coordinate_dtype(self.dtype))
         return {"x": relayout(x, self.layout), "offset": relayout(offset, self.layout)}
 
     def grads(self):
@@ -156,6 +160,8 @@ class AttentionCase:
     reach: float  # of the positions
     layout: str
     threads: int
+    accurate: bool = True  # the table has the dtype that is computed in, not that of q
+    deterministic: bool = False
 
     @property
     def options(self):
@@ -191,7 +197,8 @@ class AttentionCase:
             given["pos"] = redraw(
                 lambda: (torch.rand(shape, dtype=accurate) * 2 - 1) * self.reach, self._near
             )
-            given["rpe_table"] = torch.randn(heads, *self.table, dtype=accurate)
+            table = torch.randn(heads, *self.table, dtype=accurate)
+            given["rpe_table"] = table if self.accurate else table.to(self.dtype)
         if self.bias[1] is not None:
             sizes = {"B": BATCH, "h": heads, "M": self.size[0] * self.size[1], "N": self.keys}
             shape = [sizes.get(letter, 1) for letter in self.bias[1]]
@@ -202,11 +209,15 @@ class AttentionCase:
         grad_out = torch.randn(BATCH, self.heads[0] * self.head_dim, *self.size).to(self.dtype)
         return [relayout(grad_out, self.layout)]
 
+    @property
+    def pairs(self):
+        """Number of scores."""
+        return BATCH * self.heads[0] * self.size[0] * self.size[1] * self.keys
+
     def units(self, results):
         """See assert_as_accurate."""
-        pairs = BATCH * self.heads[0] * self.size[0] * self.size[1] * self.keys
         cells = max(self.table or (0,)) * max(1, self.reach)
-        return (pairs / results) ** 0.5 + self.head_dim**0.5 + cells
+        return (self.pairs / results) ** 0.5 + self.head_dim**0.5 + cells
 
     def _near(self, pos):
         near = []
@@ -229,14 +240,28 @@ def threads(count):
 
 
 @contextmanager
-def poisoned_memory():
-    """New tensors hold NaN, so that an element nobody writes shows."""
+def deterministic_algorithms():
     torch.use_deterministic_algorithms(True)
     try:
-        assert torch.empty(8).isnan().all()
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def poisoned_memory(deterministic=True):
+    """New tensors hold NaN, so that an element nobody writes shows. It is what torch does for
+    deterministic algorithms; the operators may be made to think that they need not be."""
+    name = "are_deterministic_algorithms_enabled"
+    with deterministic_algorithms(), mock.patch.object(torch, name, lambda: deterministic):
+        assert torch.empty(8).isnan().all()
+        yield
+
+
+def gradcheck(backend, function, tensors, fast=False):
+    """CUDA's gradients may be summed up in any order. The emulated device is slow."""
+    fast = fast or backend == "emulated"
+    torch.autograd.gradcheck(function, tuple(tensors), nondet_tol=1e-12, fast_mode=fast)
 
 
 def run(operator, inputs, grads, **options):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dat_cuda import doctor
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 ROW = {
     "case": str,
@@ -75,9 +77,18 @@ def test_attention_compiled_ways(tmp_path):
 
 
 def test_module(tmp_path):
-    result, _, _ = measured("module.py", tmp_path)
+    result, _, _ = measured("module.py", tmp_path, "--batch", "3")
     check_rows(result)
+    assert all(row["shape"]["batch"] == 3 for row in result["rows"])
     assert [row["implementation"] for row in result["rows"]] == ["fused", "reference"] * 2
+
+
+def test_cuda_needs_a_gpu():
+    if doctor.no_gpu() is None:
+        pytest.skip("there is one")
+    command = (sys.executable, FOLDER / "attention.py", "--device", "cuda")
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 2 and ran.stderr == f"--device cuda: {doctor.no_gpu()}\n"
 
 
 @pytest.fixture

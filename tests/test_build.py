@@ -95,3 +95,83 @@ def test_no_nvcc_is_no_error(toolchain, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     assert toolchain.find_nvcc() is None
+
+
+@pytest.fixture
+def machine(toolchain, monkeypatch, tmp_path):
+    """nvcc that knows some architectures, on a machine with some GPUs."""
+
+    def make(known, gpus=None):
+        commands = {"nvcc": "\n".join(f"compute_{number}" for number in known)}
+        if gpus is not None:
+            commands["nvidia-smi"] = "\n".join(gpus)
+        for name, answer in commands.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n/bin/cat <<END\n{answer}\nEND\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        return toolchain.Nvcc(str(tmp_path / "nvcc"), "12.9")
+
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return make
+
+
+ALL = ["50", "75", "80", "86", "87", "89", "90", "100", "103", "120", "121"]
+
+
+def test_all_supported_architectures_without_a_gpu(toolchain, machine, capsys):
+    found = toolchain.cuda_architectures(machine(ALL))
+    assert found == ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+    assert capsys.readouterr().out == ""
+
+
+def test_architectures_that_nvcc_does_not_know_are_left_out(toolchain, machine, capsys):
+    found = toolchain.cuda_architectures(machine(["70", "75", "80", "86", "89", "90"]))
+    assert found == ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]
+    notice = "dat_cuda: not compiling for 10.0, 12.0, which nvcc 12.9 does not know\n"
+    assert capsys.readouterr().out == notice
+
+
+@pytest.mark.parametrize(
+    ("gpus", "found"),
+    (
+        (["9.0"], ["9.0"]),
+        (["12.0", "8.0", "8.0"], ["8.0", "12.0"]),
+        (["13.0"], "12.0+PTX"),  # newer than nvcc: the driver compiles the PTX
+        (["[N/A]"], "12.0+PTX"),
+        ([], "12.0+PTX"),
+    ),
+)
+def test_only_the_gpus_of_this_machine(toolchain, machine, gpus, found):
+    architectures = toolchain.cuda_architectures(machine(ALL, gpus))
+    assert architectures == found or architectures[-1] == found
+
+
+def test_the_list_in_the_environment_decides(toolchain, machine, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;8.0 9.0a;10.0+PTX")
+    found = toolchain.cuda_architectures(machine(ALL, ["8.9"]))
+    assert found == ["8.0", "9.0a", "10.0+PTX"]
+    assert "not compiling for 7.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("listed", "names"), (("Ampere", "'Ampere'"), ("3.5;7.0", "3.5, 7.0")))
+def test_a_list_that_cannot_be_compiled_for(toolchain, machine, monkeypatch, listed, names):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    with pytest.raises(toolchain.BuildError) as error:
+        toolchain.cuda_architectures(machine(ALL))
+    assert names in one_sentence(error) and "TORCH_CUDA_ARCH_LIST" in one_sentence(error)
+
+
+@pytest.mark.parametrize("wanted", (None, "0"))
+def test_cuda_can_be_declined(toolchain, machine, monkeypatch, tmp_path, wanted):
+    import dat_ninja
+
+    asked = []
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: asked.append("nvcc"))
+    monkeypatch.setattr(dat_ninja.NinjaFile, "run", lambda self: None)
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    (tmp_path / "csrc" / "cuda" / "kernel.cu").touch()
+    monkeypatch.delenv("DAT_CUDA", raising=False)
+    if wanted:
+        monkeypatch.setenv("DAT_CUDA", wanted)
+    dat_ninja.build_extension(tmp_path, tmp_path / "build", tmp_path / "_C.so", "1")
+    assert asked == ([] if wanted == "0" else ["nvcc"])

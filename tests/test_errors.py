@@ -167,6 +167,21 @@ def test_sizes_that_coordinates_cannot_count_are_refused():
         dat_cuda.deform_sample(row, rand(1, 2, 1, 1), groups=1, offset_range_factor=1)
 
 
+@pytest.mark.parametrize("got", (torch.float64, torch.bfloat16))
+def test_parameters_in_another_dtype_are_refused(native, got):
+    """By the operators themselves: deform_sample and deform_attention cast."""
+    name = str(got).removeprefix("torch.")
+    x, offset = rand(2, 6, 5, 5, dtype=torch.float16), rand(6, 2, 3, 4, dtype=got)
+    message = f"offset must be float32 or float16 for float16 x, got {name}"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dat_cuda.deform_sample_forward(x, offset, 3, 1.0, "dat")
+    q, k = rand(2, 16, 3, 4, dtype=torch.float16), rand(2, 16, 5, dtype=torch.float16)
+    tensors = q, k, k, rand(2, 2, 5, 2), rand(4, 5, 7, dtype=got), None, None
+    message = f"rpe_table must be float32 or float16 for float16 q, got {name}"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dat_cuda.deform_attention_forward(*tensors, 4, 1.0, 0.0, "dat")
+
+
 def test_positions_without_a_table_have_no_effect(backend):
     pos = rand(2, 2, 5, 2).requires_grad_()
     tensors = {name: rand(2, 16, *size) for name, size in (("q", (3, 4)), ("k", (5,)), ("v", (5,)))}

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dat_cuda import DAttention
 
@@ -235,7 +236,7 @@ def test_half_module(backend, variant, dtype):
 def test_autocast(backend, variant):
     module, x = make(**variant), rand().requires_grad_()
     want = module(x)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         y, pos, _ = module(x)
         loss = y.float().square().mean()
     loss.backward()
@@ -308,3 +309,33 @@ def test_refuses_arguments(changes, message):
 def test_refuses_input(shape):
     with pytest.raises(ValueError, match=r"x must have shape \[B, 32, H, W\], got"):
         make()(rand(*shape))
+
+
+def test_six_operators_do_it_all():
+    """In inference, beside the offset network and what only makes views: on a GPU every operator
+    would be a launch."""
+    module = make().eval()
+    module.conv_offset.requires_grad_(False)
+    x = rand()
+    inside = False
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            # Dropout does nothing in inference.
+            if not (inside or function.is_view or "dropout" in str(function)):
+                calls.append(str(function))
+            return result
+
+    def enter(*_):
+        nonlocal inside
+        inside = not inside
+
+    module.conv_offset.register_forward_pre_hook(enter)
+    module.conv_offset.register_forward_hook(enter)
+    with torch.inference_mode():
+        module(x)
+        with Count():
+            module(x)
+    assert len(calls) == 6 and sum(name.startswith("dat_cuda") for name in calls) == 2, calls

@@ -1,5 +1,6 @@
 """What must hold of the operators for any input, tried on what hypothesis draws."""
 
+import functools
 import os
 
 import hypothesis.strategies as st
@@ -19,10 +20,28 @@ settings.register_profile(
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+EMULATED_EXAMPLES = 5
+
 FLOATS = st.sampled_from((torch.float64, torch.float32))
 DTYPES = st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 VERSIONS = st.sampled_from(("dat", "dat++"))
 LAYOUTS = st.sampled_from(("contiguous", "channels_last", "transposed", "sliced"))
+
+
+def for_all(**drawn):
+    """given(), with fewer examples on the emulated device, which is slow."""
+
+    def decorate(test):
+        many = given(**drawn)(test)
+        few = settings(max_examples=EMULATED_EXAMPLES)(given(**drawn)(test))
+
+        @functools.wraps(many)
+        def run(**fixtures):
+            (few if "emulated" in fixtures.values() else many)(**fixtures)
+
+        return run
+
+    return decorate
 
 
 def sizes(largest):
@@ -50,6 +69,7 @@ def sample_cases(dtypes=DTYPES, factors=(3.0, 0.0, -1.0)):
             groups=st.integers(1, 3),
             layout=LAYOUTS,
             threads=st.just(1),
+            accurate=st.booleans(),
         )
     )
 
@@ -71,6 +91,7 @@ def attention_cases(dtypes=DTYPES, tables=(None, "unit", "small", "large", "flat
             reach=st.floats(0.1, 3.0),
             layout=LAYOUTS,
             threads=st.just(1),
+            accurate=st.booleans(),
         ).filter(lambda case: case.is_comparable)
     )
 
@@ -87,23 +108,23 @@ def assert_same(case, actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-@given(case=sample_cases())
-def test_sample_is_the_reference(case):
+@for_all(case=sample_cases())
+def test_sample_is_the_reference(native, case):
     inputs, grads = case.inputs(), case.grads()
     exact = run_in_float64(reference.deform_sample, inputs, grads, **case.options)
     same = run(reference.deform_sample, inputs, grads, **case.options)
     assert_as_accurate(case, run(deform_sample, inputs, grads, **case.options), same, exact)
 
 
-@given(case=attention_cases())
-def test_attention_is_the_reference(case):
+@for_all(case=attention_cases())
+def test_attention_is_the_reference(native, case):
     inputs, grads = case.inputs(), case.grads()
     exact = run_in_float64(reference.deform_attention, inputs, grads, **case.options)
     same = run(reference.deform_attention, inputs, grads, **case.options)
     assert_as_accurate(case, run(deform_attention, inputs, grads, **case.options), same, exact)
 
 
-@given(case=attention_cases(FLOATS))
+@for_all(case=attention_cases(FLOATS))
 def test_order_of_keys_does_not_matter(backend, case):
     inputs = case.inputs()
     order = torch.randperm(case.keys)
@@ -115,7 +136,7 @@ def test_order_of_keys_does_not_matter(backend, case):
     assert_same(case, attend(case, inputs, **shuffled), attend(case, inputs))
 
 
-@given(case=attention_cases(FLOATS), shift=st.floats(-20, 20))
+@for_all(case=attention_cases(FLOATS), shift=st.floats(-20, 20))
 def test_a_constant_in_the_bias_does_not_matter(backend, case, shift):
     inputs = case.inputs()
     bias = inputs.get("bias", torch.zeros(1, dtype=case.dtype))
@@ -125,7 +146,7 @@ def test_a_constant_in_the_bias_does_not_matter(backend, case, shift):
     )
 
 
-@given(case=attention_cases(FLOATS), scale=st.floats(-4, 4))
+@for_all(case=attention_cases(FLOATS), scale=st.floats(-4, 4))
 def test_output_is_linear_in_v(backend, case, scale):
     inputs = case.inputs()
     other = torch.randn(inputs["v"].shape, dtype=case.dtype)
@@ -133,7 +154,7 @@ def test_output_is_linear_in_v(backend, case, scale):
     assert_same(case, combined, attend(case, inputs) * scale + attend(case, inputs, v=other))
 
 
-@given(case=attention_cases(FLOATS))
+@for_all(case=attention_cases(FLOATS))
 def test_weights_sum_to_one(backend, case):
     inputs = case.inputs()
     constant = torch.randn(inputs["v"].shape[:2], dtype=case.dtype)
@@ -141,7 +162,7 @@ def test_weights_sum_to_one(backend, case):
     assert_same(case, out, constant[..., None, None].expand_as(out))
 
 
-@given(case=attention_cases(FLOATS), image=st.integers(0, 1))
+@for_all(case=attention_cases(FLOATS), image=st.integers(0, 1))
 def test_images_do_not_mix(backend, case, image):
     inputs = case.inputs()
     alone = {
@@ -153,7 +174,7 @@ def test_images_do_not_mix(backend, case, image):
     assert_same(case, attend(case, alone), attend(case, inputs)[image : image + 1])
 
 
-@given(case=attention_cases(FLOATS, tables=("unit", "small", "large", "flat"), dense=False))
+@for_all(case=attention_cases(FLOATS, tables=("unit", "small", "large", "flat"), dense=False))
 def test_the_table_acts_as_the_dense_bias_it_stands_for(backend, case):
     """Linear in the table: the part that is made dense by hand adds to the one that is not."""
     inputs = case.inputs()
@@ -164,7 +185,7 @@ def test_the_table_acts_as_the_dense_bias_it_stands_for(backend, case):
     assert_same(case, out, attend(case, inputs, rpe_table=first + second))
 
 
-@given(case=sample_cases(FLOATS), value=st.floats(-5, 5))
+@for_all(case=sample_cases(FLOATS), value=st.floats(-5, 5))
 def test_a_constant_map_gives_its_constant_inside(backend, case, value):
     inputs = case.inputs()
     x = torch.full_like(inputs["x"], value)
@@ -175,7 +196,7 @@ def test_a_constant_map_gives_its_constant_inside(backend, case, value):
     assert_same(case, sampled, expected)
 
 
-@given(case=sample_cases(FLOATS, factors=(0.0,)))
+@for_all(case=sample_cases(FLOATS, factors=(0.0,)))
 def test_pixels_are_met_exactly(backend, case):
     """Offsets that bring the keys onto pixels: version dat with factor 0 has no bound."""
     options = case.options | {"version": "dat"}
@@ -197,7 +218,7 @@ def test_pixels_are_met_exactly(backend, case):
     assert_same(case, sampled, x.flatten(2).gather(2, cell))
 
 
-@given(case=sample_cases(FLOATS), scale=st.floats(-4, 4))
+@for_all(case=sample_cases(FLOATS), scale=st.floats(-4, 4))
 def test_sample_is_linear_in_x(backend, case, scale):
     inputs = case.inputs()
     other = torch.randn(inputs["x"].shape, dtype=case.dtype)

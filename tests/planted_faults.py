@@ -1,0 +1,146 @@
+"""Would the emulated tests notice? Plants faults in copies of the CUDA sources, one at a time.
+
+Each copy's attention_forward_bf16.cu is compiled for the emulated device, linked with the other
+objects as they are, and runs small cases with race checks and exact bounds: a report or a wrong
+result is expected, and neither from the unmodified sources.
+
+    python tests/planted_faults.py [word of a fault's name]
+
+exits with 1 if any fault goes unnoticed.
+"""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import emulated
+import torch
+from operator_cases import poisoned_memory
+
+import dat_cuda
+from dat_cuda import doctor, reference
+
+SOURCE = "csrc/cuda/attention_forward_bf16.cu"
+# What is wrong: the file, and its text without and with the fault.
+FAULTS = {
+    "a barrier is missing": (
+        "csrc/kernels/attention_forward.cuh",
+        "__syncthreads();\n      T* out =",
+        "T* out =",
+    ),
+    "a bound is off by one": (
+        "csrc/kernels/stage.cuh",
+        "inside = first + n < shape.keys;",
+        "inside = first + n <= shape.keys;",
+    ),
+    "copies are not waited for": (
+        "csrc/kernels/attention_tiles.cuh",
+        "wait_for_copies<0>();",
+        "",
+    ),
+    "a block too few": (
+        "csrc/cuda/attention_forward.cuh",
+        "shape.heads * shape.batch;",
+        "shape.heads * shape.batch - 1;",
+    ),
+    "a warp too few": (
+        "csrc/cuda/attention_forward.cuh",
+        "plan.rows * plan.columns, plan.shared,",
+        "plan.rows * plan.columns - 32, plan.shared,",
+    ),
+    "a warp too many": (
+        "csrc/cuda/attention_forward.cuh",
+        "plan.rows * plan.columns, plan.shared,",
+        "plan.rows * plan.columns + 32, plan.shared,",
+    ),
+}
+NOTICED = 3
+healthy = functools.cache(emulated._build)
+
+
+def planted(name: str, folder: Path) -> Path:
+    """A library with the fault, in the folder."""
+    import ptxemu.build
+
+    file, text, fault = FAULTS[name]
+    shutil.copytree(emulated.PROJECT / "csrc", folder / "csrc")
+    for source in (folder / "csrc" / "cuda").glob("*.cu"):
+        if source != folder / SOURCE:
+            source.unlink()
+    whole = (folder / file).read_text()
+    if whole.count(text) != 1:
+        raise LookupError(f"{file} has {text!r} {whole.count(text)} times: say anew where to fail")
+    (folder / file).write_text(whole.replace(text, fault))
+
+    toolchain = emulated.dat_toolchain
+    ninja = emulated.EmulatedNinja(
+        folder, folder / "build", "", toolchain.require_torch(), toolchain.find_nvcc()
+    )
+    ninja.add_cuda_sources(emulated.CUDA_FLAGS)
+    others = healthy().parent.rglob("*.o")
+    ninja.objects += [path for path in others if path.name != ninja.objects[0].name]
+    shim, library = ptxemu.build.shim(), folder / "faulty.so"
+    ninja.link(library, f"-L{shim}", "-lptxemu_cudart", f"-Wl,-rpath,{shim}")
+    ninja.run()
+    return library
+
+
+def noticed(library: Path) -> str | None:
+    """What goes wrong with this library, in one line."""
+    run = subprocess.run(
+        [sys.executable, "-m", "ptxemu", "exec", sys.executable, __file__, "--run", library],
+        env=os.environ | {"PYTHONPATH": str(emulated.PTXEMU_HOME)},
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode not in (0, NOTICED):
+        raise RuntimeError(f"the cases end with {run.returncode}:\n{run.stdout}{run.stderr}")
+    where = r"^\[launch .*? smem \d+\] |, PTX line .*"
+    return re.sub(where, "", run.stdout.splitlines()[-1]) if run.returncode else None
+
+
+def run_cases(library: str) -> int:
+    import ptxemu.device
+
+    ptxemu.device.load()
+    emulated._build = lambda: library
+    torch.manual_seed(0)
+    # Wide copies and two loads of keys; narrow ones, with keys that the window does not hold.
+    for bias in ("unit", "far"):
+        case = doctor.attention_check(torch.bfloat16, 32, bias, "cpu")
+        exact = reference.deform_attention(
+            **{name: t.double() for name, t in case.inputs.items()}, **case.options
+        )
+        try:
+            with emulated.emulated(race_seed=0), poisoned_memory(deterministic=False):
+                out = dat_cuda.deform_attention(**case.inputs, **case.options)
+        except (RuntimeError, ptxemu.PtxError) as error:
+            print(str(error).splitlines()[0])
+            return NOTICED
+        error = (out.double() - exact).abs().max().item()
+        if not error < 0.05:
+            print(f"off by {error:.2g}")
+            return NOTICED
+    return 0
+
+
+def main(word: str = "") -> int:
+    if reason := emulated.unavailable():
+        sys.exit(f"no fault can be planted: {reason}")
+    rows, failed = [("nothing is wrong", noticed(healthy()))], 0
+    for name in (name for name in FAULTS if word in name):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append((name, noticed(planted(name, Path(folder)))))
+    for i, (name, report) in enumerate(rows):
+        failed |= (report is None) == (i > 0)
+        print(f"{name:<28}{report or 'not noticed'}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cases(sys.argv[2]) if sys.argv[1:2] == ["--run"] else main(*sys.argv[1:]))
