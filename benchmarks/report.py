@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import common
 import timing
 import torch
 from common import CASES, DEFAULT_CASES, DIRECTIONS, DTYPES
+
+from dat_cuda import doctor
 
 MIB = 2**20
 EXTRA_BAR_MIB = 8.0
@@ -36,6 +40,7 @@ def arguments(
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--batch", type=int, metavar="N", help="images (default: few, what suits a CPU)")
     add("--cases", type=listed(CASES), default=list(DEFAULT_CASES), metavar="A,B")
     add("--dtype", type=listed(DTYPES), default=["float32"], metavar="A,B")
     add("--direction", type=listed(DIRECTIONS), default=list(DIRECTIONS), metavar="A,B")
@@ -196,18 +201,25 @@ def run(
 ) -> int:
     """Measures and prints every row and the summary, and writes the files that were asked for.
 
-    Returns the exit status: 1 where fused failed or gave wrong numbers.
+    Returns the exit status: 1 where fused failed or gave wrong numbers, 2 where it cannot run.
     """
+    if options.device == "cuda":
+        if reason := doctor.no_gpu():
+            print(f"--device cuda: {reason}", file=sys.stderr)
+            return 2
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
+        bars = {"speedup": {}, "gemm": {}, "memory": False}  # they were set for the CPU
     torch.set_num_threads(options.threads)
     if options.keep_freed_memory:
         timing.keep_freed_memory()
     machine = common.machine(options.device)
     print(header(machine))
     rows = []
-    for what in itertools.product(options.cases, options.dtype, options.direction):
+    for name, *what in itertools.product(options.cases, options.dtype, options.direction):
+        case = CASES[name]
         made = run_case(
-            CASES[what[0]],
-            *what[1:],
+            dataclasses.replace(case, batch=options.batch or case.batch),
+            *what,
             device=options.device,
             implementations=tuple(options.impl),
             budget=options.budget_seconds,

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from common import DTYPES
 
-from dat_cuda import _rss
+from dat_cuda import _clock, _rss
 
 
 def keep_freed_memory() -> None:
@@ -27,52 +28,36 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
 
 
-def gemm(device: str) -> tuple[Callable[[], object], float]:
-    """A large square float32 product and its flops: the rate the machine can reach."""
-    n = 8192 if device == "cuda" else 2048
-    a, b, c = (torch.rand(n, n, device=device) for _ in range(3))
+def gemm(device: str, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    """A large square product and its flops: the rate the machine can reach.
+
+    On the CPU in float32: not every machine has fast products in half precision.
+    """
+    on_cuda = device == "cuda"
+    n = 8192 if on_cuda else 2048
+    shape = {"device": device, "dtype": dtype if on_cuda else torch.float32}
+    a, b, c = (torch.rand(n, n, **shape) for _ in range(3))
     return lambda: torch.mm(a, b, out=c), 2.0 * n**3
 
 
 class _CpuClock:
     """Milliseconds a call: after one that warms the caches, short calls are repeated."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call = call
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
         self.warm_up = seconds < 0.2
         self.calls = max(1, min(50, int(0.02 / max(seconds, 1e-6))))
 
-    def __call__(self, call: Callable[[], object]) -> float:
+    def __call__(self) -> float:
         if self.warm_up:
-            call()
+            self.call()
         start = time.perf_counter()
         for _ in range(self.calls):
-            call()
+            self.call()
         return (time.perf_counter() - start) * 1e3 / self.calls
-
-
-class _CudaClock:
-    """Milliseconds of one call between two events, with the L2 cache flushed before it."""
-
-    def __init__(self, seconds: float) -> None:
-        l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        self.flush = torch.empty(2 * l2, dtype=torch.uint8, device="cuda")
-
-    def __call__(self, call: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-
-def _seconds(call: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def interleaved(
@@ -89,9 +74,10 @@ def interleaved(
     its clock. There are `repeats` rounds, fewer where they would take more than `budget` seconds,
     but at least 3; `most` gets at least 5 samples.
     """
-    clocks = {}
-    for name, call in calls.items():
-        clocks[name] = (_CudaClock if device == "cuda" else _CpuClock)(_seconds(call, device))
+    clocks = {
+        name: _clock.CudaClock(call) if device == "cuda" else _CpuClock(call)
+        for name, call in calls.items()
+    }
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + budget
@@ -99,9 +85,9 @@ def interleaved(
         if done >= 3 and time.perf_counter() > end:
             break
         for name in names[done % len(names) :] + names[: done % len(names)]:
-            samples[name].append(clocks[name](calls[name]))
+            samples[name].append(clocks[name]())
     while most in calls and len(samples[most]) < 5:
-        samples[most].append(clocks[most](calls[most]))
+        samples[most].append(clocks[most]())
     return samples
 
 
@@ -115,7 +101,7 @@ def time_rows(
     repeats: int,
 ) -> None:
     """Times the calls, named as the rows' implementations, beside the GEMM; fills the rows in."""
-    product, product_flops = gemm(device)
+    product, product_flops = gemm(device, DTYPES[rows[0]["dtype"]])
     product()
     samples = interleaved(calls | {"gemm": product}, device=device, budget=budget, repeats=repeats)
     rate = product_flops / median_and_spread(samples["gemm"])[0]
