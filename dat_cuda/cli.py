@@ -33,6 +33,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="what was built, and what this machine uses of it")
     info.set_defaults(run=_info)
+    doctor = commands.add_parser(
+        "doctor", help="do all kernels compute what they should here, and how fast on a GPU"
+    )
+    doctor.set_defaults(run=_doctor)
     demo = commands.add_parser(
         "demo", help="attention on a photograph: agreement, speed, memory and a picture"
     )
@@ -70,6 +74,12 @@ def _devices() -> list[str]:
         major, minor = torch.cuda.get_device_capability(index)
         found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)}, {major}.{minor})")
     return found
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dat_cuda import doctor
+
+    return doctor.run()
 
 
 def _demo(options: argparse.Namespace) -> int:
