@@ -154,8 +154,9 @@ class NinjaFile:
         return _flags(*self.compiler, "-shared", "-Wl,--as-needed")
 
     def link(self, output: Path, *more_flags: str) -> None:
-        # No run path: dat_cuda imports torch first, which loads these libraries.
-        flags = [f"-L{self.torch.lib}", "-ltorch_cpu", *more_flags]
+        # No run path: dat_cuda imports torch first, which loads these libraries. For the linker
+        # alone: nvcc keeps the folders that it is told of in what it makes.
+        flags = ["-Xlinker", f"-L{self.torch.lib}", "-Xlinker", "-ltorch_cpu", *more_flags]
         flags += shlex.split(os.environ.get("LDFLAGS", ""))
         inputs = " ".join(_path(target) for target in self.objects)
         self.lines.append(f"build {_path(output)}: link {inputs}")
