@@ -12,4 +12,4 @@ def test_a_missing_barrier_is_noticed(tmp_path):
     if reason := emulated.unavailable():
         (pytest.fail if os.environ.get("DAT_REQUIRE_EMULATED") == "1" else pytest.skip)(reason)
     library = planted_faults.planted("a barrier is missing", tmp_path)
-    assert "race" in planted_faults.noticed(library)
+    assert "RACE" in planted_faults.noticed(library)
