@@ -180,11 +180,15 @@ class AttentionCase:
         return kinds.get(self.bias[0])
 
     @property
+    def cancels(self):
+        """Whether a table or a bias is the same for all keys: the softmax ignores it, and its
+        gradient is nothing but rounding."""
+        return self.table == (1, 1) or (self.bias[1] or "N").endswith("1")
+
+    @property
     def is_comparable(self):
-        """Not so where a table or a bias is the same for all keys: the softmax ignores it, and in
-        half precision its gradient is nothing but rounding."""
-        same_for_all_keys = self.table == (1, 1) or (self.bias[1] or "N").endswith("1")
-        return self.dtype.itemsize > 2 or not same_for_all_keys
+        """Not so in half precision if nothing but rounding is there to compare."""
+        return self.dtype.itemsize > 2 or not self.cancels
 
     def inputs(self):
         heads, groups = self.heads
@@ -217,7 +221,9 @@ class AttentionCase:
     def units(self, results):
         """See assert_as_accurate."""
         cells = max(self.table or (0,)) * max(1, self.reach)
-        return (self.pairs / results) ** 0.5 + self.head_dim**0.5 + cells
+        # What is left of a sum that cancels are its terms' roundings: they are sums over channels.
+        terms = self.pairs / results * (self.head_dim if self.cancels else 1)
+        return terms**0.5 + self.head_dim**0.5 + cells
 
     def _near(self, pos):
         near = []
