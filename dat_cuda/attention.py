@@ -173,10 +173,10 @@ class DAttention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.dim() != 4 or x.shape[1] != self.nc:
             raise ValueError(f"x must have shape [B, {self.nc}, H, W], got {list(x.shape)}")
-        q = _project(self.proj_q, x)
+        q = project(self.proj_q, x)
         sampled, pos, reference = self._keys(x, q)
-        k = _project(self.proj_k, sampled)
-        v = _project(self.proj_v, sampled)
+        k = project(self.proj_k, sampled)
+        v = project(self.proj_v, sampled)
         table = self.rpe_table if self.encoding == "rpe" else None
         out = deform_attention(
             q,
@@ -192,7 +192,7 @@ class DAttention(nn.Module):
         )
         if self.encoding == "dwc":
             out = out + self.rpe_table(q)
-        return self.proj_drop(_project(self.proj_out, out)), pos, reference
+        return self.proj_drop(project(self.proj_out, out)), pos, reference
 
     def _keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sampled [B, C, N], pos and reference [B, G, Hk, Wk, 2]."""
@@ -267,7 +267,7 @@ def _has_cpu_ways(x: Tensor) -> bool:
     return x.device.type == "cpu" and is_native(x) and not torch.compiler.is_compiling()
 
 
-def _project(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def project(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """1x1 convolution of x [B, C, H, W] or [B, C, N].
 
     Beside native CPU kernels a plain Conv2d is a matrix product, which is up to 4 times faster
@@ -277,11 +277,11 @@ def _project(conv: nn.Conv2d, x: Tensor) -> Tensor:
     if not _has_cpu_ways(x) or not _is_plain(conv):
         return conv(x) if x.dim() == 4 else conv(x.unsqueeze(2)).squeeze(2)
     flat, weight, bias = x.flatten(2), conv.weight.flatten(1), cast(Tensor, conv.bias)
-    if flat.shape[2] < flat.shape[1]:
+    if flat.shape[2] < flat.shape[1] or flat.stride(1) == 1:
         y = F.linear(flat.transpose(1, 2), weight, bias).transpose(1, 2)
     else:
         y = torch.baddbmm(bias.unsqueeze(1), weight.expand(len(x), -1, -1), flat)
-    return y.reshape(x.shape)
+    return y.unflatten(2, x.shape[2:])
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:

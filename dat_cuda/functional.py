@@ -44,6 +44,11 @@ def backend(name: str) -> Iterator[None]:
         _backend = previous
 
 
+def backend_name() -> str:
+    """What :func:`backend` chose last, "auto" at first."""
+    return _backend
+
+
 def is_native(features: Tensor) -> bool:
     """Whether operators on these features run native kernels here and now."""
     return _backend != "reference" and features.device.type in NATIVE_DEVICES
