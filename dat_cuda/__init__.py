@@ -10,9 +10,9 @@ if find_spec("dat_cuda._C") is None:
         "in another folder to get the installed package, or build here with `pip install -e .`"
     )
 
-from dat_cuda import _C, reference  # noqa: F401  (loading _C registers the operators)
+from dat_cuda import _C, models, reference  # noqa: F401  (loading _C registers the operators)
 from dat_cuda.attention import DAttention
 from dat_cuda.functional import backend, deform_attention, deform_sample
 
 __version__: str = _C.build_info()["version"]
-__all__ = ["DAttention", "backend", "deform_attention", "deform_sample", "reference"]
+__all__ = ["DAttention", "backend", "deform_attention", "deform_sample", "models", "reference"]

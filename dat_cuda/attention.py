@@ -192,7 +192,7 @@ class DAttention(nn.Module):
         )
         if self.encoding == "dwc":
             out = out + self.rpe_table(q)
-        return self.proj_drop(project(self.proj_out, out)), pos, reference
+        return self.proj_drop(project(self.proj_out, out, is_channels_last(x))), pos, reference
 
     def _keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sampled [B, C, N], pos and reference [B, G, Hk, Wk, 2]."""
@@ -203,7 +203,7 @@ class DAttention(nn.Module):
             offset = x.new_zeros(batch * self.n_groups, 2, hk, wk)
         else:
             grouped = q.reshape(-1, self.n_group_channels, height, width)
-            if _has_cpu_ways(q) and height * width <= 256:
+            if has_cpu_ways(q) and height * width <= 256:
                 # A small map's depthwise backward is faster so (docs/cpu-kernels.md).
                 grouped = grouped.contiguous(memory_format=torch.channels_last)
             offset = self.conv_offset(grouped)
@@ -261,38 +261,49 @@ def _kept_reference_points(
         return reference_points(height, width, version, dtype=dtype, device=device)
 
 
-def _has_cpu_ways(x: Tensor) -> bool:
+def has_cpu_ways(x: Tensor) -> bool:
     """Whether to compute around the operators as native CPU kernels deserve; elsewhere, and in what
     a compiler sees, the plain module is best."""
     return x.device.type == "cpu" and is_native(x) and not torch.compiler.is_compiling()
 
 
-def project(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """1x1 convolution of x [B, C, H, W] or [B, C, N].
+def project(layer: nn.Conv2d | nn.Linear, x: Tensor, channels_last: bool = False) -> Tensor:
+    """1x1 convolution, or linear layer, over the channels of x [B, C, H, W] or [B, C, N].
 
-    Beside native CPU kernels a plain Conv2d is a matrix product, which is up to 4 times faster
-    there than the convolution (docs/benchmarks.md): over channels-first maps, or, with fewer pixels
-    than channels, over channels-last ones, whose weight gradient is one product for all images.
+    Beside native CPU kernels a plain layer is a matrix product, which is up to 4 times faster there
+    than the convolution (docs/benchmarks.md). Its result is in channels-first memory, as the
+    kernels like it, or in channels-last memory if asked for or if there are fewer pixels than
+    channels: then the weight gradient is one product for all images.
     """
-    if not _has_cpu_ways(x) or not _is_plain(conv):
-        return conv(x) if x.dim() == 4 else conv(x.unsqueeze(2)).squeeze(2)
-    flat, weight, bias = x.flatten(2), conv.weight.flatten(1), cast(Tensor, conv.bias)
-    if flat.shape[2] < flat.shape[1] or flat.stride(1) == 1:
+    if not has_cpu_ways(x) or not is_plain(layer):
+        if isinstance(layer, nn.Linear):
+            return layer(x.movedim(1, -1)).movedim(-1, 1)
+        return layer(x) if x.dim() == 4 else layer(x.unsqueeze(2)).squeeze(2)
+    flat, weight, bias = x.flatten(2), layer.weight.flatten(1), cast(Tensor, layer.bias)
+    if flat.shape[2] < flat.shape[1]:
         y = F.linear(flat.transpose(1, 2), weight, bias).transpose(1, 2)
+    elif channels_last:
+        weight = weight.t().expand(len(x), -1, -1)
+        y = torch.baddbmm(bias, flat.transpose(1, 2), weight).transpose(1, 2)
     else:
         y = torch.baddbmm(bias.unsqueeze(1), weight.expand(len(x), -1, -1), flat)
     return y.unflatten(2, x.shape[2:])
 
 
-def _is_plain(conv: nn.Conv2d) -> bool:
-    """Whether calling conv does nothing but its convolution: users replace and hook modules."""
+def is_channels_last(x: Tensor) -> bool:
+    """Whether neighbours in memory are channels of x [B, C, H, W]."""
+    return x.stride(1) == 1 and x.shape[1] > 1
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling it does nothing but its product: users replace and hook modules."""
     hooks = (
-        conv._forward_hooks,
-        conv._forward_pre_hooks,
-        conv._backward_hooks,
-        conv._backward_pre_hooks,
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
     )
-    return type(conv) is nn.Conv2d and conv.bias is not None and not any(hooks)
+    return type(layer) in (nn.Conv2d, nn.Linear) and layer.bias is not None and not any(hooks)
 
 
 def _check_arguments(given: dict) -> None:

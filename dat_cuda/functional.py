@@ -195,13 +195,18 @@ def deform_attention(
     return out
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _autocast(q: Tensor, *others: Tensor | None) -> list[Any]:
     """Features in the autocast dtype where autocast is on for their device."""
     tensors = [q, *others]
-    device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not is_autocast(q):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(q.device.type)
     return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]
 
 

@@ -6,6 +6,7 @@ are float64.
 
 import pytest
 import torch
+from near import assert_near
 
 from dat_cuda import DAttention
 
@@ -17,12 +18,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 def build(config):
     sides = tuple(side // config["stride"] for side in config["q_size"])
     return DAttention(kv_size=sides, attn_drop=0.0, proj_drop=0.0, **config)
-
-
-def assert_near(name, actual, expected, tolerance, scale=None):
-    scale = expected.abs().max().item() if scale is None else scale
-    error = (actual.double() - expected).abs().max().item()
-    assert error <= tolerance * scale, f"{name}: error {error:.1e} at values up to {scale:.1e}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

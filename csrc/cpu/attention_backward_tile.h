@@ -87,12 +87,24 @@ __attribute__((noinline)) void softmax_backward(int keys, int vectors, const T* 
 template <class T>
 void add_dense_grad(const T* ds, const Tile& tile, int64_t width, int64_t keys_total, int64_t first,
                     int keys, T* grad) {
-  for (int r = 0; r < tile.rows; ++r)
-    for (int j = 0; j < tile.columns; ++j) {
-      const int64_t query = (tile.row + r) * width + tile.column + j;
-      const T* from = ds + r * tile.columns + j;
-      for (int n = 0; n < keys; ++n) grad[query * keys_total + first + n] += from[n * kLd<T>];
-    }
+  constexpr int L = kLanes<T>;
+  for_each_query_run(tile, width, [&](int64_t query, int place, int count) {
+    const T* from = ds + place;
+    T* to = grad + query * keys_total + first;
+    const int blocked = count / L * L, across = keys / L * L;
+    T block[L * L];
+    for (int m = 0; m < blocked; m += L)
+      for (int n = 0; n < across; n += L) {
+        transpose_block(from + n * kLd<T> + m, kLd<T>, block, L);
+        for (int i = 0; i < L; ++i) {
+          T* row = to + (m + i) * keys_total + n;
+          store(row, load(row) + load(block + i * L));
+        }
+      }
+    for (int m = 0; m < count; ++m)
+      for (int n = m < blocked ? across : 0; n < keys; ++n)
+        to[m * keys_total + n] += from[n * kLd<T> + m];
+  });
 }
 
 // Loads what a tile needs once: q, grad_out, both transposed, the saved lse and the row sums.

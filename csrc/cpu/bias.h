@@ -53,6 +53,13 @@ template <class S, class T>
 __attribute__((noinline)) void dense_bias(bool accumulate, const S* head, const DenseBias& bias,
                                           const Tile& tile, int64_t width, int64_t first, int keys,
                                           T scale, T* s) {
+  if (bias.key == 1 && !accumulate) {
+    for_each_query_run(tile, width, [&](int64_t query, int place, int count) {
+      read_transposed(head + query * bias.query + first, bias.query, count, keys, scale, s + place,
+                      kLd<T>);
+    });
+    return;
+  }
   for (int r = 0; r < tile.rows; ++r)
     for (int j = 0; j < tile.columns; ++j) {
       const int64_t query = (tile.row + r) * width + tile.column + j;

@@ -135,11 +135,46 @@ DAT_INLINE void read_run(const S* from, int64_t stride, int count, T scale, T* t
     for (int i = 0; i < count; ++i) to[i] = T(to_acc(from[i * stride])) * scale;
 }
 
+// Calls f(query, its place in the tile, count) for each run of queries that follow each other.
+template <class F>
+DAT_INLINE void for_each_query_run(const Tile& tile, int64_t width, const F& f) {
+  const bool joined = tile.columns == width;
+  const int runs = joined ? 1 : tile.rows, count = joined ? tile.queries() : tile.columns;
+  for (int run = 0; run < runs; ++run)
+    f((tile.row + run) * width + tile.column, run * count, count);
+}
+
+// to[c * to_stride + i] = scale * from[i * from_stride + c]: what lies channels-last in memory.
+template <class S, class T>
+DAT_INLINE void read_transposed(const S* from, int64_t from_stride, int count, int channels,
+                                T scale, T* to, int64_t to_stride) {
+  constexpr int L = kLanes<T>;
+  int blocked = 0, across = 0;  // pixels and channels that whole blocks cover
+  if constexpr (std::is_same_v<S, T>) {
+    blocked = count / L * L, across = channels / L * L;
+    for (int i = 0; i < blocked; i += L)
+      for (int c = 0; c < across; c += L)
+        transpose_block(from + i * from_stride + c, from_stride, to + c * to_stride + i, to_stride,
+                        scale);
+  }
+  for (int i = 0; i < count; ++i)
+    for (int c = i < blocked ? across : 0; c < channels; ++c)
+      to[c * to_stride + i] = T(to_acc(from[i * from_stride + c])) * scale;
+}
+
 // tile_buffer[c][query] = scale * map[c, query]; lanes past the last query are 0.
 template <class S, class T>
 __attribute__((noinline)) void read_tile(const S* head, const MapView& map, const Tile& tile,
                                          int channels, T scale, T* to) {
   const int queries = tile.queries(), padded = int(round_up<T>(queries));
+  if (map.channel == 1) {
+    for_each_run(head, map, tile, [&](const S* from, int query, int count) {
+      read_transposed(from, map.column, count, channels, scale, to + query, kLd<T>);
+    });
+    for (int c = 0; c < channels; ++c)
+      for (int i = queries; i < padded; ++i) to[c * kLd<T> + i] = 0;
+    return;
+  }
   for (int c = 0; c < channels; ++c, to += kLd<T>) {
     for_each_run(head + c * map.channel, map, tile, [&](const S* from, int query, int count) {
       read_run(from, map.column, count, scale, to + query);
@@ -189,6 +224,11 @@ __attribute__((noinline)) void read_keys(const S* head, const MapView& map, int6
     return read_run(head, map.column, channels * int(keys), T(1), to);
   for (int64_t first = 0; first < keys; first += kKeyTile) {
     const int count = int(std::min<int64_t>(kKeyTile, keys - first));
+    if (map.channel == 1) {
+      read_transposed(head + first * map.column, map.column, count, channels, T(1), to, stride);
+      to += channels * stride;
+      continue;
+    }
     for (int c = 0; c < channels; ++c, to += stride)
       read_run(head + c * map.channel + first * map.column, map.column, count, T(1), to);
   }

@@ -149,23 +149,24 @@ DAT_INLINE void exchange_lanes(Vec<T>* rows) {
 }
 #endif
 
-// Transposes a block of lanes x lanes: to[j * to_stride + i] = from[i * from_stride + j].
+// Transposes a block of lanes x lanes: to[j * to_stride + i] = scale * from[i * from_stride + j].
 template <class T>
-DAT_INLINE void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+DAT_INLINE void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride,
+                                T scale = T(1)) {
   constexpr int L = kLanes<T>;
   Vec<T> rows[L];
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) rows[i] = load(from + i * from_stride);
 #if defined(__clang__)
   for (int i = 0; i < L; ++i)
-    for (int j = 0; j < L; ++j) to[j * to_stride + i] = rows[i][j];
+    for (int j = 0; j < L; ++j) to[j * to_stride + i] = scale * rows[i][j];
 #else
   exchange_lanes<1, T>(rows);
   if constexpr (L > 2) exchange_lanes<2, T>(rows);
   if constexpr (L > 4) exchange_lanes<4, T>(rows);
   if constexpr (L > 8) exchange_lanes<8, T>(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) store(to + i * to_stride, rows[i]);
+  for (int i = 0; i < L; ++i) store(to + i * to_stride, scale * rows[i]);
 #endif
 }
 

@@ -1,5 +1,6 @@
 """DAT and DAT++ as whole models, their blocks, and their checkpoints."""
 
+from dat_cuda.models import _timm
 from dat_cuda.models.builders import (
     dat_base,
     dat_base_384,
@@ -11,6 +12,7 @@ from dat_cuda.models.builders import (
     datpp_small,
     datpp_tiny,
 )
+from dat_cuda.models.checkpoint import export_checkpoint, load_checkpoint
 from dat_cuda.models.dat import DAT
 
 __all__ = [
@@ -24,4 +26,8 @@ __all__ = [
     "datpp_p",
     "datpp_small",
     "datpp_tiny",
+    "export_checkpoint",
+    "load_checkpoint",
 ]
+
+_timm.register()

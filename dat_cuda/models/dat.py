@@ -236,6 +236,7 @@ class DAT(nn.Module):
         _check_arguments(locals())
         self.version = version
         self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
         # Convolutions that do not overlap need padding to cover a map of any size.
         self.paddings = (1, 1) if use_conv_patches else (patch_size, 2)
         self.features_only = features_only
@@ -329,10 +330,9 @@ class DAT(nn.Module):
             raise ValueError(f"images must have shape [B, 3, H, W], got {list(x.shape)}")
         maps, positions, references = self._run(x)
         if self.features_only:
-            result = [self.norms[i](maps[i]) for i in self.out_indices]
+            result: Any = [self.norms[i](maps[i]) for i in self.out_indices]
         else:
-            pooled = F.adaptive_avg_pool2d(self.cls_norm(maps[-1]), 1).flatten(1)
-            result = self.cls_head(pooled)
+            result = self.forward_head(self.cls_norm(maps[-1]))
         return (result, positions, references) if return_positions else result
 
     def _run(self, x: Tensor) -> tuple[list[Tensor], Positions, Positions]:
@@ -371,6 +371,38 @@ class DAT(nn.Module):
     def no_weight_decay_keywords(self) -> set[str]:
         """Parts of the names of parameters that the published training does not decay."""
         return {"relative_position_bias_table", "rpe_table"}
+
+    # What timm's tools ask of a model.
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of those parameters."""
+        keywords = self.no_weight_decay_keywords()
+        return {name for name, _ in self.named_parameters() if any(k in name for k in keywords)}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Sets use_checkpoint for all stages."""
+        self.use_checkpoint = (enable,) * STAGES
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> the last stage's map, normalised where there is a head."""
+        last = self._run(x)[0][-1]
+        return last if self.features_only else self.cls_norm(last)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """x, a map of forward_features -> logits, or what the head computes them from."""
+        pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return pooled if pre_logits else self.cls_head(pooled)
+
+    def get_classifier(self) -> nn.Module:
+        return self.cls_head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head; 0 classes: none. global_pool can only be "avg"."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool must be 'avg', got {global_pool!r}")
+        self.num_classes = num_classes
+        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.cls_head = head.to(self.cls_norm.norm.weight)
 
 
 def _stem(dim: int, patch_size: int, overlapping: bool, version: str) -> nn.Sequential:
@@ -429,12 +461,15 @@ def _check_arguments(given: dict[str, Any]) -> None:
             raise ValueError(
                 f"stage_spec must consist of the letters L, S, D, N, P and X, got {min(unknown)!r}"
             )
+    for spec, window in zip(given["stage_spec"], given["window_sizes"], strict=True):
+        if "X" in spec and window % 2 == 0:
+            raise ValueError(f"window_sizes must be odd where there are X blocks, got {window}")
     for dim, heads in zip(given["dims"], given["heads"], strict=True):
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dims: got {heads} heads for {dim} channels")
-    for name, values, highest in (
-        ("out_indices", given["out_indices"], STAGES - 1),
-        ("frozen_stages", [given["frozen_stages"]], STAGES),
+    for name, values, lowest, highest in (
+        ("out_indices", given["out_indices"], 0, STAGES - 1),
+        ("frozen_stages", [given["frozen_stages"]], -1, STAGES),
     ):
-        if not all(-1 <= value <= highest for value in values):
-            raise ValueError(f"{name} must not be above {highest}, got {given[name]}")
+        if not all(lowest <= value <= highest for value in values):
+            raise ValueError(f"{name} must be from {lowest} to {highest}, got {given[name]}")

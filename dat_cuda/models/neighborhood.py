@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dat_cuda.models.attend import attend
+from dat_cuda.models.attend import Windows, attend, attend_windows
 
 
 class NeighborhoodAttention2D(nn.Module):
@@ -66,6 +69,7 @@ class NeighborhoodAttention2D(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         side = 2 * kernel_size - 1
         rpb = nn.Parameter(torch.zeros(num_heads, side, side)) if rel_pos_bias else None
+        self.rpb: nn.Parameter | None
         self.register_parameter("rpb", rpb)
         if rpb is not None:
             nn.init.trunc_normal_(rpb, std=0.02)
@@ -76,70 +80,39 @@ class NeighborhoodAttention2D(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None, None]:
         if x.dim() != 4:
             raise ValueError(f"x must have shape [B, dim, H, W], got {list(x.shape)}")
-        x = x.permute(0, 2, 3, 1)
-        size = x.shape[1:3]
-        missing = [max(0, self.kernel_size * self.dilation - side) for side in size]
-        if any(missing):
-            x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
+        height, width = x.shape[2:]
+        least = self.kernel_size * self.dilation
+        x = F.pad(x, (0, max(0, least - width), 0, max(0, least - height))).permute(0, 2, 3, 1)
         qkv = self.qkv(x)
-        if self.dilation == 1:
-            out = self._neighbors(qkv)
-        else:
-            out = torch.empty_like(x, dtype=qkv.dtype)
-            step = self.dilation
-            for i in range(step):
-                for j in range(step):
-                    out[:, i::step, j::step] = self._neighbors(qkv[:, i::step, j::step])
-        y = self.proj_drop(self.proj(out[:, : size[0], : size[1]]))
-        return y.permute(0, 3, 1, 2), None, None
-
-    def _neighbors(self, qkv: Tensor) -> Tensor:
-        """qkv [B, H, W, 3 C] -> [B, H, W, C] of undilated neighbourhoods."""
-        channels = qkv.shape[-1] // 3
-        q, kv = qkv.split((channels, 2 * channels), dim=-1)
-        if self.scale != (channels // self.num_heads) ** -0.5:
-            q = q * (self.scale * (channels // self.num_heads) ** 0.5)  # attend() scales by default
-        rows, columns = (_bands(side, self.kernel_size) for side in qkv.shape[1:3])
-        lines = []
-        for row in rows:
-            line = [self._tiles(q, kv, row, column) for column in columns]
-            lines.append(torch.cat(line, dim=2))
-        return torch.cat(lines, dim=1)
-
-    def _tiles(self, q: Tensor, kv: Tensor, row: _Band, column: _Band) -> Tensor:
-        """The part of [B, H, W, C] that the queries of two bands make up."""
+        size = qkv.shape[:3]
         dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
-        queries = q[:, row.queries, column.queries]
-        queries = rearrange(
-            queries, "b (r y) (s x) c -> (b r s) (y x) c", y=row.tile, x=column.tile
-        )
-        windows = kv[:, row.keys, column.keys].unfold(1, row.window, row.tile)
-        windows = windows.unfold(2, column.window, column.tile)
-        k, v = rearrange(windows, "b r s c y x -> (b r s) (y x) c").chunk(2, dim=-1)
-        bias = self._bias(row, column, q)
-        out = attend(queries, k, v, bias, heads=self.num_heads, dropout_p=dropout_p)
-        out = rearrange(
-            out, "(b r s) (y x) c -> b (r y) (s x) c", r=row.tiles, s=column.tiles, y=row.tile
-        )
-        return out[:, row.fresh :, column.fresh :]
+        settings: dict[str, Any] = {
+            "heads": self.num_heads,
+            "scale": self.scale,
+            "dropout_p": dropout_p,
+        }
+        parts = _parts(size, self.kernel_size, self.dilation, qkv.device)
+        if len(parts) == 1 and parts[0].row.covers(size[1]) and parts[0].column.covers(size[2]):
+            q, k, v = qkv.flatten(1, 2).transpose(1, 2).chunk(3, dim=1)
+            out = attend(q, k, v, self._bias(parts[0], qkv), **settings).transpose(1, 2)
+        else:
+            windows = [Windows(p.queries, p.keys, self._bias(p, qkv)) for p in parts]
+            out = attend_windows(qkv.flatten(0, 2), windows, **settings)
+        y = self.proj(out.reshape(*size, -1)[:, :height, :width])
+        return self.proj_drop(y).permute(0, 3, 1, 2), None, None
 
-    def _bias(self, row: _Band, column: _Band, like: Tensor) -> Tensor:
-        """[heads, queries of a tile, keys of its window], -inf outside the neighbourhood.
-
-        Products with ones and zeros spread the table: their gradients are products, too, where an
-        index would need a sum by index.
-        """
-        (inside_y, near_y), (inside_x, near_x) = (
-            band.relations(self.kernel_size, like) for band in (row, column)
+    def _bias(self, part: _Part, like: Tensor) -> Tensor:
+        """[heads, queries of a tile, keys of its window], -inf outside the neighbourhood."""
+        side = 2 * self.kernel_size - 1
+        (inside_y, y), (inside_x, x) = (
+            band.places(self.kernel_size, like.device) for band in (part.row, part.column)
         )
         inside = inside_y[:, None, :, None] & inside_x[None, :, None, :]
-        bias = torch.zeros_like(inside, dtype=like.dtype).masked_fill(~inside, -torch.inf)
-        if self.rpb is None:
-            bias = bias.expand(self.num_heads, -1, -1, -1, -1)
-        else:
-            spread = torch.einsum("hij,xcj->hixc", self.rpb.to(like.dtype), near_x)
-            bias = bias + torch.einsum("ybi,hixc->hyxbc", near_y, spread)
-        return bias.flatten(3, 4).flatten(1, 2)
+        place = side * y[:, None, :, None] + x[None, :, None, :]
+        place = torch.where(inside, place, side**2).flatten()
+        table = like.new_zeros(self.num_heads, side**2) if self.rpb is None else self.rpb.flatten(1)
+        table = F.pad(table, (0, 1), value=-torch.inf).to(like.dtype)
+        return table.index_select(1, place).unflatten(1, (part.queries.shape[1], -1))
 
 
 @dataclass
@@ -148,54 +121,40 @@ class _Band:
 
     start: int  # first query of the first tile
     first: int  # first key of its window
-    fresh: int  # the queries before this one are computed by the band before
     tile: int  # queries of a tile
     window: int  # keys of its window
     begins: tuple[int, ...]  # where in the window each query's neighbourhood begins
     tiles: int = 1
 
-    @property
-    def queries(self) -> slice:
-        return slice(self.start, self.start + self.tiles * self.tile)
+    def covers(self, length: int) -> bool:
+        """Whether a single tile is the whole axis, for keys, too."""
+        return self.tile == self.window == length
 
-    @property
-    def keys(self) -> slice:
-        return slice(self.first, self.first + (self.tiles - 1) * self.tile + self.window)
-
-    def relations(self, kernel: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """inside [tile, window]: is the key in the query's neighbourhood; near [tile, window,
-        2 kernel - 1]: 1 at its place in the table, in the dtype of `like`."""
-        device = like.device
+    def places(self, kernel: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[tile, window]: is the key in the query's neighbourhood, and where in the table."""
         key = torch.arange(self.window, device=device)
         begin = torch.tensor(self.begins, device=device).unsqueeze(1)
-        inside = (key >= begin) & (key < begin + kernel)
         query = torch.arange(self.tile, device=device).unsqueeze(1)
-        place = key - query + (self.first - self.start + kernel - 1)
-        near = place.unsqueeze(-1) == torch.arange(2 * kernel - 1, device=device)
-        return inside, near.to(like.dtype)
+        inside = (key >= begin) & (key < begin + kernel)
+        return inside, key - query + (self.first - self.start + kernel - 1)
 
 
 @functools.lru_cache(maxsize=256)
 def _bands(length: int, kernel: int) -> list[_Band]:
-    """The tiles that cover an axis. The last one ends where the map does."""
-    tile = _tile(length, kernel)
-    window = min(tile + kernel - 1, length)
-    starts = [*range(0, length - tile + 1, tile)]
-    if length % tile:
-        starts.append(length - tile)
+    """The tiles that cover an axis; the last one may be smaller."""
+    size = _tile(length, kernel)
     bands: list[_Band] = []
-    done = 0
-    for start in starts:
+    for start in range(0, length, size):
+        tile = min(size, length - start)
+        window = min(tile + kernel - 1, length)
         first = min(max(start - kernel // 2, 0), length - window)
         begins = tuple(
             min(max(query - kernel // 2, 0), length - kernel) - first
             for query in range(start, start + tile)
         )
-        new = _Band(start, first, done - start, tile, window, begins)
-        done = start + tile
-        before = bands[-1] if bands else new
-        is_alike = new.begins == before.begins and new.fresh == 0
-        if bands and is_alike and start - first == before.start - before.first:
+        new = _Band(start, first, tile, window, begins)
+        before = bands[-1] if bands else None
+        if before and before.begins == begins and start - first == before.start - before.first:
             before.tiles += 1
         else:
             bands.append(new)
@@ -204,8 +163,53 @@ def _bands(length: int, kernel: int) -> list[_Band]:
 
 def _tile(length: int, kernel: int) -> int:
     """Queries of a tile along an axis: the larger, the less k and v are copied and the more is
-    computed in vain. Of three sizes, the one whose last tile computes the least again."""
-    least = max(kernel, 6)
-    if length <= least + 2:
+    computed in vain. Of three sizes, the one that leaves the smallest remainder."""
+    if length <= 2 * kernel:
         return length
+    least = max(kernel, 6)
     return min(range(least, least + 3), key=lambda tile: (-length % tile, -tile))
+
+
+@dataclass
+class _Part:
+    """The tiles of a band of rows and a band of columns, as numbers of pixels."""
+
+    row: _Band
+    column: _Band
+    queries: Tensor  # [tiles, pixels]
+    keys: Tensor  # [tiles, pixels]
+
+
+def _parts(size: tuple[int, ...], kernel: int, dilation: int, device: torch.device) -> list[_Part]:
+    """The tiles of the maps [B, H, W]; with dilation, of each of the maps that do not meet."""
+    pixels = torch.arange(math.prod(size), device=device).view(size)
+    parts = []
+    for i, j in product(range(dilation), repeat=2):
+        apart = pixels[:, i::dilation, j::dilation]
+        bands = (_bands(side, kernel) for side in apart.shape[1:])
+        for row, column in product(*bands):
+            below, right = (band.tile * (band.tiles - 1) for band in (row, column))
+            steps = row.tile, column.tile
+            parts.append(
+                _Part(
+                    row,
+                    column,
+                    _blocks(apart[:, row.start :, column.start :], steps, steps, (below, right)),
+                    _blocks(
+                        apart[:, row.first :, column.first :],
+                        (row.window, column.window),
+                        steps,
+                        (below, right),
+                    ),
+                )
+            )
+    return parts
+
+
+def _blocks(
+    pixels: Tensor, block: tuple[int, int], step: tuple[int, int], last: tuple[int, int]
+) -> Tensor:
+    """[blocks, pixels]: blocks of [B, H, W], `step` apart, the last ones beginning at `last`."""
+    pixels = pixels[:, : last[0] + block[0], : last[1] + block[1]]
+    pixels = pixels.unfold(1, block[0], step[0]).unfold(2, block[1], step[1])
+    return rearrange(pixels, "b r s y x -> (b r s) (y x)")
