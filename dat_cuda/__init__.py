@@ -12,7 +12,16 @@ if find_spec("dat_cuda._C") is None:
 
 from dat_cuda import _C, models, reference  # noqa: F401  (loading _C registers the operators)
 from dat_cuda.attention import DAttention
+from dat_cuda.convert import convert
 from dat_cuda.functional import backend, deform_attention, deform_sample
 
 __version__: str = _C.build_info()["version"]
-__all__ = ["DAttention", "backend", "deform_attention", "deform_sample", "models", "reference"]
+__all__ = [
+    "DAttention",
+    "backend",
+    "convert",
+    "deform_attention",
+    "deform_sample",
+    "models",
+    "reference",
+]
