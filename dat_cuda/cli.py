@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from dat_cuda import _C
+from dat_cuda import _C, models
+
+BUILDERS = [name for name in models.__all__ if name.startswith("dat")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,11 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     demo = commands.add_parser(
-        "demo", help="attention on a photograph: agreement, speed, memory and a picture"
+        "demo", help="a whole DAT on a photograph: agreement, speed, memory and a picture"
     )
     demo.add_argument("image", nargs="?", type=Path, help="a photograph (default: one is included)")
     demo.add_argument("--out", type=Path, default=Path("dat-demo.png"), metavar="FILE")
     demo.add_argument("--size", type=int, default=224, help="side in pixels (default 224)")
+    demo.add_argument("--model", default="datpp_tiny", metavar="NAME", help="a builder of models")
+    demo.add_argument("--weights", type=Path, metavar="FILE", help="a published checkpoint")
     demo.add_argument("--threads", type=int, help="CPU threads (default: what torch chooses)")
     demo.set_defaults(run=_demo)
     return parser
@@ -87,8 +91,10 @@ def _demo(options: argparse.Namespace) -> int:
         if options.threads < 1:
             raise UserError(f"--threads must be positive, got {options.threads}")
         torch.set_num_threads(options.threads)
-    if options.size < 32 or options.size % 32:
-        raise UserError(f"--size must be a positive multiple of 32, got {options.size}")
+    if options.size < 32:
+        raise UserError(f"--size must be at least 32, got {options.size}")
+    if options.model not in BUILDERS:
+        raise UserError(f"--model must be one of {', '.join(BUILDERS)}, got {options.model}")
     if not options.out.parent.is_dir():
         raise UserError(f"--out must be in a folder that exists, got {options.out}")
     try:
@@ -101,8 +107,12 @@ def _demo(options: argparse.Namespace) -> int:
         photograph = demo.photograph(options.image)
     except (OSError, ValueError) as error:
         raise UserError(f"{options.image} is not a readable image: {error}") from None
+    if options.weights is not None and not options.weights.is_file():
+        raise UserError(f"--weights must be a file, got {options.weights}")
     try:
-        demo.run(photograph, options.size, options.out)
+        demo.run(photograph, options.size, options.out, options.model, options.weights)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"{options.out} cannot be written: {error}") from None
     return 0
