@@ -16,6 +16,7 @@ test-emulated:
 bench:
 	$(PYTHON) benchmarks/attention.py
 	$(PYTHON) benchmarks/module.py
+	$(PYTHON) benchmarks/model.py
 
 lint:
 	ruff check .
