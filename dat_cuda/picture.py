@@ -94,7 +94,7 @@ def draw(
     text = ImageDraw.Draw(sheet)
     font, small = (ImageFont.load_default(size * k) for size in (17, 16))
     below = MARGIN * k + photo_height + 8 * k
-    text.text((MARGIN * k, below), "the photograph", fill=INK, font=font)
+    text.text((MARGIN * k, below), "the image", fill=INK, font=font)
     for i, panel in enumerate(panels):
         x, y = left + i % columns * step_x, MARGIN * k + i // columns * step_y
         sheet.paste(_panel(photograph, panel, width, height), (x, y))
