@@ -12,7 +12,7 @@ from torch import nn
 
 import dat_cuda
 from dat_cuda import _rss, models
-from dat_cuda.models import DAT, blocks
+from dat_cuda.models import DAT, blocks, mlp
 
 GOLDEN = Path(__file__).parent / "golden"
 # Relative to a tensor's largest value. In float32 a gradient passes through dozens of layers.
@@ -398,8 +398,8 @@ def test_from_config(tmp_path):
         ({"stage_spec": ("XD", "LD", "XD", "DD")}, ValueError, "window_sizes must be odd"),
         ({"heads": (3, 2, 4, 8)}, ValueError, "heads must divide dims"),
         ({"version": "dat+"}, ValueError, "version must be one of"),
-        ({"frozen_stages": 5}, ValueError, "frozen_stages must not be above 4"),
-        ({"out_indices": (4,)}, ValueError, "out_indices must not be above 3"),
+        ({"frozen_stages": 5}, ValueError, "frozen_stages must be from -1 to 4"),
+        ({"out_indices": (4,)}, ValueError, "out_indices must be from 0 to 3"),
     ],
 )
 def test_wrong_arguments(changes, error, message):
@@ -468,8 +468,8 @@ def test_large_mlp_in_pieces(made, monkeypatch):
     grad = torch.randn(5, 24, 9, 11, dtype=torch.double)
     leaves = [x, *module.parameters()]
     results = []
-    for large in (blocks.LARGE, 20_000, 100):
-        monkeypatch.setattr(blocks, "LARGE", large)
+    for large in (mlp.LARGE, 20_000, 100):
+        monkeypatch.setattr(mlp, "LARGE", large)
         with torch.no_grad():
             inferred = module(x)
         y = module(x)

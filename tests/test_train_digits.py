@@ -115,7 +115,8 @@ def test_missing_package_is_named():
         "import runpy, sys; sys.modules['sklearn'] = None; "
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
-    ran = subprocess.run((sys.executable, "-c", code), capture_output=True, text=True)
+    command = sys.executable, "-c", code
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     assert ran.returncode == 1
     assert ran.stderr.startswith("this example needs sklearn")
     assert "pip install 'dat_cuda[examples]'" in ran.stderr

@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from dat_cuda.models import builders
-from dat_cuda.models.blocks import pair
 from dat_cuda.models.dat import DAT, STAGES
+from dat_cuda.models.windows import pair
 
 BUILDERS = (
     builders.dat_tiny,

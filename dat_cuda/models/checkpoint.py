@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dat_cuda.models import blocks
+from dat_cuda.models.windows import Pair, pair
 
 __all__ = ["LoadReport", "export_checkpoint", "load_checkpoint"]
 
@@ -285,7 +285,7 @@ def _fit(name: str, value: Any, target: Tensor, owner: nn.Module) -> Tensor:
         return value
     leaf = name.rpartition(".")[2]
     if leaf == WINDOW_TABLE and value.dim() == 2 and value.shape[1] == target.shape[1]:
-        return _resize_window_table(value, target, blocks.pair(getattr(owner, "window_size", 1)))
+        return _resize_window_table(value, target, pair(getattr(owner, "window_size", 1)))
     if leaf == "rpe_table" and value.dim() == target.dim() == 3 and len(value) == len(target):
         if getattr(owner, "fixed_pe", False) or not all(side % 2 for side in value.shape[1:]):
             raise _Misfit("a dense table of fixed_pe belongs to one resolution")
@@ -296,7 +296,7 @@ def _fit(name: str, value: Any, target: Tensor, owner: nn.Module) -> Tensor:
     raise _Misfit(reason)
 
 
-def _resize_window_table(table: Tensor, target: Tensor, window: blocks.Pair) -> Tensor:
+def _resize_window_table(table: Tensor, target: Tensor, window: Pair) -> Tensor:
     """table [rows in the file, heads] -> [rows in the model, heads], for a model's window."""
     old, new = (_window_map(len(t), window) for t in (table, target))
     if old is None or new is None:
@@ -305,7 +305,7 @@ def _resize_window_table(table: Tensor, target: Tensor, window: blocks.Pair) -> 
     return _interpolate(maps, new).flatten(1).t()
 
 
-def _window_map(rows: int, like: blocks.Pair) -> blocks.Pair | None:
+def _window_map(rows: int, like: Pair) -> Pair | None:
     """(2 h - 1, 2 w - 1), the sides of a table, for a window h x w of given proportions or else a
     square one."""
     for height, width in (like, (1, 1)):

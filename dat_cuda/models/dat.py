@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dat_cuda.attention import DAttention
-from dat_cuda.models import blocks
 from dat_cuda.models.blocks import LayerNormProxy
+from dat_cuda.models.stage import TransformerStage
+from dat_cuda.models.windows import Pair, pair
 from dat_cuda.reference import VERSIONS
 
 STAGES = 4
@@ -29,125 +28,6 @@ BY_STAGE: tuple[str, ...] = (
     *("sr_ratios", "strides", "offset_range_factor", "no_offs", "fixed_pes", "use_dwc_mlps"),
     *("use_lpus", "ksizes", "nat_ksizes", "layer_scale_values", "log_cpb"),
 )
-
-
-class TransformerStage(nn.Module):
-    """The blocks of one stage; `spec` holds their letters. See DAT for the arguments.
-
-    Forward: x [B, dim_in, H, W] -> (x [B, dim, H, W], positions, references): of every block what
-    deformable attention gives, None for the others.
-    """
-
-    def __init__(
-        self,
-        fmap_size: blocks.Pair,
-        dim_in: int,
-        dim: int,
-        spec: Sequence[str],
-        drop_path: Sequence[float],
-        *,
-        attn: dict[str, Any],
-        expansion: int,
-        drop_rate: float,
-        use_dwc_mlp: bool,
-        use_lpu: bool,
-        layer_scale_value: float,
-        version: str,
-    ) -> None:
-        super().__init__()
-        depth = len(spec)
-        self.spec = tuple(spec)
-        self.use_lpu = use_lpu
-        # The order of creation is the published one: a seed gives the published initial weights.
-        self.proj = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
-        self.ln_cnvnxt = nn.ModuleDict(
-            {str(d): LayerNormProxy(dim) for d in range(depth) if spec[d] == "X"}
-        )
-        self.layer_norms = nn.ModuleList(
-            LayerNormProxy(dim) if spec[d // 2] != "X" else nn.Identity() for d in range(2 * depth)
-        )
-        self.mlps = nn.ModuleList(
-            blocks.TransformerMLPWithConv(dim, expansion, drop_rate, version)
-            if use_dwc_mlp
-            else blocks.TransformerMLP(dim, expansion, drop_rate)
-            for _ in range(depth)
-        )
-        self.attns = nn.ModuleList()
-        self.drop_path = nn.ModuleList(
-            blocks.DropPath(rate) if rate > 0 else nn.Identity() for rate in drop_path
-        )
-        self.layer_scales = nn.ModuleList(
-            blocks.LayerScale(dim, init_values=layer_scale_value)
-            if layer_scale_value > 0
-            else nn.Identity()
-            for _ in range(2 * depth)
-        )
-        self.local_perception_units = nn.ModuleList(
-            nn.Conv2d(dim, dim, 3, 1, 1, groups=dim) if use_lpu else nn.Identity()
-            for _ in range(depth)
-        )
-        for letter in spec:
-            self.attns.append(_attention(letter, dim, fmap_size, drop_rate, version, **attn))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        x = self.proj(x)
-        positions: list[Tensor | None] = []
-        references: list[Tensor | None] = []
-        for d, letter in enumerate(self.spec):
-            if self.use_lpu:
-                x = x + self.local_perception_units[d](x)
-            position = reference = None
-            if letter == "X":
-                y = self.mlps[d](self.ln_cnvnxt[str(d)](self.attns[d](x)))
-                x = x + self.drop_path[d](y)
-            else:
-                y, position, reference = self.attns[d](self.layer_norms[2 * d](x))
-                x = x + self.drop_path[d](self.layer_scales[2 * d](y))
-                y = self.mlps[d](self.layer_norms[2 * d + 1](x))
-                x = x + self.drop_path[d](self.layer_scales[2 * d + 1](y))
-            positions.append(position)
-            references.append(reference)
-        return x, positions, references
-
-
-def _attention(
-    letter: str,
-    dim: int,
-    fmap_size: blocks.Pair,
-    proj_drop: float,
-    version: str,
-    *,
-    heads: int,
-    attn_drop: float,
-    window_size: int,
-    sr_ratio: int,
-    nat_ksize: int,
-    **deformable: Any,
-) -> nn.Module:
-    """The block of a letter of stage_spec."""
-    if letter == "L":
-        return blocks.LocalAttention(dim, heads, window_size, attn_drop, proj_drop)
-    if letter == "S":
-        shift_size = math.ceil(window_size / 2)
-        return blocks.ShiftWindowAttention(
-            dim, heads, window_size, attn_drop, proj_drop, shift_size, fmap_size
-        )
-    if letter == "N":
-        return blocks.NeighborhoodAttention2D(dim, nat_ksize, heads, attn_drop, proj_drop)
-    if letter == "P":
-        return blocks.PyramidAttention(dim, heads, attn_drop, proj_drop, sr_ratio)
-    if letter == "X":
-        return nn.Conv2d(dim, dim, window_size, padding=window_size // 2, groups=dim)
-    return DAttention(
-        fmap_size,
-        fmap_size,
-        heads,
-        dim // heads,
-        attn_drop=attn_drop,
-        proj_drop=proj_drop,
-        version=version,
-        **deformable,
-    )
 
 
 class DAT(nn.Module):
@@ -195,7 +75,7 @@ class DAT(nn.Module):
 
     def __init__(
         self,
-        img_size: int | blocks.Pair = 224,
+        img_size: int | Pair = 224,
         patch_size: int = 4,
         num_classes: int = 1000,
         expansion: int = 4,
@@ -248,7 +128,7 @@ class DAT(nn.Module):
         )
         self.frozen_stages = frozen_stages
         self.patch_proj = _stem(dim_stem, patch_size, use_conv_patches, version)
-        sizes = _map_sizes(blocks.pair(img_size), patch_size)
+        sizes = _map_sizes(pair(img_size), patch_size)
         blocks_before = [sum(depths[:i]) for i in range(STAGES)]
         last = max(sum(depths) - 1, 1)
         self.stages = nn.ModuleList()
@@ -426,7 +306,7 @@ def _between(dim_in: int, dim_out: int, overlapping: bool) -> nn.Sequential:
     return nn.Sequential(conv, LayerNormProxy(dim_out))
 
 
-def _map_sizes(size: blocks.Pair, patch_size: int) -> list[blocks.Pair]:
+def _map_sizes(size: Pair, patch_size: int) -> list[Pair]:
     """(height, width) of every stage's map."""
     height, width = (-(-side // patch_size) for side in size)
     return [(-(-height // 2**i), -(-width // 2**i)) for i in range(STAGES)]
