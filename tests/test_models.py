@@ -3,6 +3,7 @@ against formulas written as loops, and what holds for them beyond that."""
 
 import copy
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -461,19 +462,57 @@ def test_layer_scale_and_shared_random_state():
     torch.testing.assert_close(x, expected)
 
 
-@pytest.mark.parametrize("made", [blocks.TransformerMLP, blocks.TransformerMLPWithConv])
-def test_large_mlp_in_pieces(made, monkeypatch):
+MLPS = {
+    "mlp": blocks.TransformerMLP,
+    "mlp with conv": blocks.TransformerMLPWithConv,
+    "mlp with conv, dat": partial(blocks.TransformerMLPWithConv, version="dat"),
+}
+
+
+@pytest.mark.parametrize("made", MLPS.values(), ids=MLPS)
+def test_mlp_in_pieces(made, monkeypatch):
+    """Whole images, rows of them and single rows give what plain PyTorch gives."""
     module = made(24, 3).double()
     x = torch.randn(5, 24, 9, 11, dtype=torch.double, requires_grad=True)
     grad = torch.randn(5, 24, 9, 11, dtype=torch.double)
     leaves = [x, *module.parameters()]
     results = []
-    for large in (mlp.LARGE, 20_000, 100):
-        monkeypatch.setattr(mlp, "LARGE", large)
-        with torch.no_grad():
-            inferred = module(x)
-        y = module(x)
-        results.append([inferred, y, *torch.autograd.grad(y, leaves, grad)])
-    for whole, *parts in zip(*results, strict=True):
-        for part in parts:
-            torch.testing.assert_close(part, whole, rtol=1e-12, atol=1e-12)
+    for backend, piece in ("reference", 0), ("auto", mlp.PIECE), ("auto", 20_000), ("auto", 100):
+        monkeypatch.setattr(mlp, "PIECE", piece)
+        with dat_cuda.backend(backend):
+            with torch.no_grad():
+                inferred = module(x)
+            y = module(x)
+            results.append([inferred, y, *torch.autograd.grad(y, leaves, grad)])
+    for plain, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("made", MLPS.values(), ids=MLPS)
+def test_mlp_keeps_one_hidden_map(made):
+    module = made(16, 4)
+    kept = {}
+
+    def keep(x):
+        if x.numel() > 2 * 16 * 24 * 24:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        module(torch.randn(2, 16, 24, 24, requires_grad=True))
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("made", MLPS.values(), ids=MLPS)
+def test_mlp_runs_what_users_put_into_it(made):
+    """Dropout and hooks are not skipped."""
+    module = made(16, 4, 0.5).train()
+    x = torch.randn(2, 16, 5, 5)
+    assert not torch.equal(module(x), module(x))
+    expected = module.eval()(x)
+    calls = []
+    first = next(m for m in module.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
+    first.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(module(x), expected)
+    assert calls

@@ -1,8 +1,9 @@
-"""The MLPs of the blocks. Large ones run in pieces on the CPU: see docs/models.md."""
+"""The MLPs of the blocks. Plain ones run in pieces on the CPU: see docs/models.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from dat_cuda.attention import has_cpu_ways, is_plain
 from dat_cuda.functional import is_autocast
 
-LARGE = 2**24  # bytes of hidden values
+PIECE = 2**23  # bytes of hidden values
 
 
 class TransformerMLP(nn.Module):
@@ -22,7 +23,6 @@ class TransformerMLP(nn.Module):
 
     def __init__(self, channels: int, expansion: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.hidden = channels * expansion
         self.chunk: Any = nn.Sequential()
         self.chunk.add_module("linear1", nn.Linear(channels, channels * expansion))
         self.chunk.add_module("act", nn.GELU())
@@ -31,64 +31,10 @@ class TransformerMLP(nn.Module):
         self.chunk.add_module("drop2", nn.Dropout(drop, inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        is_large = x[..., 0].numel() * self.hidden * x.element_size() > LARGE
-        y = self._in_pieces(x) if is_large and self._is_plain(x) else self.chunk(x)
-        return y.permute(0, 3, 1, 2)
-
-    def _is_plain(self, x: Tensor) -> bool:
         linear1, act, *drops, linear2 = (self.chunk[i] for i in (0, 1, 2, 4, 3))
-        is_dropped = any(drop.training and drop.p > 0 for drop in drops)
-        is_gelu = type(act) is nn.GELU and act.approximate == "none"
-        layers = is_plain(linear1) and is_plain(linear2)
-        return layers and is_gelu and not is_dropped and has_cpu_ways(x) and not is_autocast(x)
-
-    def _in_pieces(self, x: Tensor) -> Tensor:
-        first, last = self.chunk[0], self.chunk[3]
-        parameters = first.weight, first.bias, last.weight, last.bias
-        y = _LargeMLP.apply(x.flatten(0, 2), torch.is_grad_enabled(), *parameters)
-        return y.view(x.shape)
-
-
-class _LargeMLP(torch.autograd.Function):
-    """The MLP of many rows, some at a time; its gradient computes GELU again, so that one hidden
-    map is kept in place of two. Blocks of tens of MiB cost more to get than to fill."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, is_kept: bool, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
-    ) -> Tensor:
-        y = torch.empty_like(x)
-        hidden = x.new_empty(len(x), len(w1)) if is_kept else None
-        for piece in _pieces(len(x), len(w1) * x.element_size()):
-            into = None if hidden is None else hidden[piece]
-            h = torch.addmm(b1, x[piece], w1.t(), out=into)
-            torch.addmm(b2, F.gelu(h), w2.t(), out=y[piece])
-        if hidden is not None:
-            ctx.save_for_backward(x, hidden, w1, w2)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, hidden, w1, w2 = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        grad_w1, grad_w2 = torch.zeros_like(w1), torch.zeros_like(w2)
-        grad_b1 = w1.new_zeros(len(w1))
-        for piece in _pieces(len(x), hidden[0].nbytes):
-            g, h = grad[piece], hidden[piece]
-            grad_w2.addmm_(g.t(), F.gelu(h))
-            grad_h = torch.ops.aten.gelu_backward(g @ w2, h)
-            grad_w1.addmm_(grad_h.t(), x[piece])
-            grad_b1 += grad_h.sum(0)
-            torch.mm(grad_h, w1, out=grad_x[piece])
-        return grad_x, None, grad_w1, grad_b1, grad_w2, grad.sum(0)
-
-
-def _pieces(rows: int, row_bytes: int) -> list[slice]:
-    """Slices of rows of about half of LARGE bytes."""
-    step = max(1, LARGE // 2 // row_bytes)
-    return [slice(start, start + step) for start in range(0, rows, step)]
+        if _is_plain(x, act, drops, [linear1, linear2]):
+            return _in_pieces(x, linear1, linear2)
+        return self.chunk(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class TransformerMLPWithConv(nn.Module):
@@ -109,50 +55,27 @@ class TransformerMLPWithConv(nn.Module):
         self.act = nn.GELU()
         self.linear2: Any = self._projection(hidden, channels)
         self.drop2 = nn.Dropout(drop, inplace=True)
-        self.dwc = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
+        self.dwc: Any = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
 
     def _projection(self, inputs: int, outputs: int) -> nn.Module:
         conv = nn.Conv2d(inputs, outputs, 1)
         return conv if self.version == "dat" else nn.Sequential(conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _by_images(self._run, x, self.dwc.in_channels * x.shape[2] * x.shape[3])
-
-    def _run(self, x: Tensor) -> Tensor:
-        if self.version == "dat":
-            x = self.drop1(self.act(self.dwc(_pointwise(self.linear1, x))))
-            return self.drop2(_pointwise(self.linear2, x))
-        x = self.drop1(_pointwise(self.linear1[0], x))
-        if has_cpu_ways(x) and is_plain(self.dwc):
-            # The sum is a convolution, too, and GELU is faster on what looks contiguous.
-            weight = _plus_identity(self.dwc.weight)
-            x = F.conv2d(x, weight, self.dwc.bias, padding=1, groups=len(weight))
-            x = x.permute(0, 2, 3, 1)
-            if torch.is_grad_enabled() or type(self.act) is not nn.GELU:
-                x = self.act(x)
-            else:
-                x = torch.ops.aten.gelu_(x, approximate=self.act.approximate)
-            x = x.permute(0, 3, 1, 2)
+        is_dat = self.version == "dat"
+        linear1, linear2 = self.linear1, self.linear2
+        if not is_dat:
+            linear1, linear2 = linear1[0], linear2[0]
+        if _is_plain(x, self.act, [self.drop1, self.drop2], [linear1, self.dwc, linear2]):
+            # In the later version the sum is a convolution, too.
+            weight = self.dwc.weight if is_dat else _plus_identity(self.dwc.weight)
+            return _in_pieces(x, linear1, linear2, weight, self.dwc.bias)
+        if is_dat:
+            z = self.drop1(self.act(self.dwc(linear1(x))))
         else:
-            x = self.act(x + self.dwc(x))
-        return self.drop2(_pointwise(self.linear2[0], x))
-
-
-def _by_images(run: Callable[[Tensor], Tensor], x: Tensor, hidden: int) -> Tensor:
-    """run(x), on the CPU for a few images at a time where their hidden values, `hidden` each, are
-    many: what the passes over them share stays in cache."""
-    image = hidden * x.element_size()
-    if not has_cpu_ways(x) or len(x) * image <= LARGE:
-        return run(x)
-    return torch.cat([run(x[piece]) for piece in _pieces(len(x), image)])
-
-
-def _pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """1x1 convolution of channels-last maps: beside native CPU kernels a matrix product."""
-    if not has_cpu_ways(x) or not is_plain(layer):
-        return layer(x)
-    y = F.linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias)
-    return y.permute(0, 3, 1, 2)
+            z = self.drop1(linear1(x))
+            z = self.act(z + self.dwc(z))
+        return self.drop2(linear2(z))
 
 
 def _plus_identity(weight: Tensor) -> Tensor:
@@ -160,3 +83,135 @@ def _plus_identity(weight: Tensor) -> Tensor:
     identity = torch.zeros_like(weight[:1])
     identity[0, 0, 1, 1] = 1
     return weight + identity
+
+
+def _is_plain(x: Tensor, act: nn.Module, drops: list[Any], layers: list[nn.Module]) -> bool:
+    """Whether the MLP of these modules is what _MLP computes, and x is where that pays."""
+    is_dropped = any(drop.training and drop.p > 0 for drop in drops)
+    is_gelu = type(act) is nn.GELU and act.approximate == "none"
+    if is_dropped or not is_gelu or not all(map(is_plain, layers)):
+        return False
+    return has_cpu_ways(x) and not is_autocast(x)
+
+
+def _in_pieces(x: Tensor, linear1: Any, linear2: Any, *conv: Tensor) -> Tensor:
+    weights = linear1.weight.flatten(1), linear1.bias, linear2.weight.flatten(1), linear2.bias
+    is_kept = torch.is_grad_enabled()
+    y = _MLP.apply(x.permute(0, 2, 3, 1).contiguous(), is_kept, *weights, *conv or (None, None))
+    return y.permute(0, 3, 1, 2)
+
+
+class _MLP(torch.autograd.Function):
+    """w2 GELU(conv(w1 x + b1)) + b2 of x [B, H, W, C], a piece at a time.
+
+    Pieces stay in cache, and blocks of tens of MiB cost more to get than to fill. One hidden map
+    is kept for the gradient, which computes the convolution and GELU again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        is_kept: bool,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        conv: Tensor | None,
+        conv_bias: Tensor | None,
+    ) -> Tensor:
+        y = torch.empty_like(x)
+        hidden = x.new_empty(*x.shape[:3], len(w1)) if is_kept else None
+        for images, rows in _pieces(x, len(w1)):
+            near = rows if conv is None else _grown(rows, x.shape[1])
+            part = x[images, near]
+            into = None if hidden is None else _flat(hidden[images, near])
+            h = torch.mm(_flat(part), w1.t(), out=into).add_(b1).view(*part.shape[:3], -1)
+            a = F.gelu(h) if conv is None else torch.ops.aten.gelu_(_convolve(h, conv, conv_bias))
+            torch.mm(_flat(a[:, _within(near, rows)]), w2.t(), out=_flat(y[images, rows])).add_(b2)
+        if hidden is not None:
+            ctx.save_for_backward(x, hidden, w1, w2, conv, conv_bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, hidden, w1, w2, conv, conv_bias = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x)
+        grad_w1, grad_w2, grad_b1 = map(torch.zeros_like, (w1, w2, w1[:, 0]))
+        grad_conv: list[Any] = [p if p is None else torch.zeros_like(p) for p in (conv, conv_bias)]
+        for images, rows in _pieces(x, len(w1)):
+            near = rows if conv is None else _grown(rows, x.shape[1])
+            h = hidden[images, near]
+            grad_h = (_flat(grad[images, near]) @ w2).view(h.shape)
+            if conv is None:
+                torch.ops.aten.gelu_backward(grad_h, h, grad_input=grad_h)
+                a = F.gelu(h)
+            else:
+                far = _grown(near, x.shape[1])
+                c = _convolve(hidden[images, far], conv, conv_bias)[:, _within(far, near)]
+                torch.ops.aten.gelu_backward(grad_h, c, grad_input=grad_h)
+                a = torch.ops.aten.gelu_(c[:, _within(near, rows)])
+            grad_w2.addmm_(_flat(grad[images, rows]).t(), _flat(a))
+            if conv is not None:
+                del a, c  # the next map goes where they were
+                grad_h, *parts = _convolve_backward(grad_h, h, conv, _within(near, rows))
+                for total, part in zip(grad_conv, parts, strict=True):
+                    total.add_(part)
+            grad_h = _flat(grad_h)
+            grad_w1.addmm_(grad_h.t(), _flat(x[images, rows]))
+            grad_b1 += grad_h.sum(0)
+            torch.mm(grad_h, w1, out=_flat(grad_x[images, rows]))
+        return grad_x, None, grad_w1, grad_b1, grad_w2, _flat(grad).sum(0), *grad_conv
+
+
+def _pieces(x: Tensor, hidden: int) -> Iterator[tuple[slice, slice]]:
+    """Images and rows of x [B, H, W, C], a piece at a time: some whole images or rows of one."""
+    count, height, width, _ = x.shape
+    row = max(1, width * hidden * x.element_size())
+    if height * row <= PIECE:
+        step = PIECE // max(1, height * row)
+        for start in range(0, count, step):
+            yield slice(start, start + step), slice(0, height)
+        return
+    step = max(1, PIECE // row)
+    for image in range(count):
+        for start in range(0, height, step):
+            yield slice(image, image + 1), slice(start, min(start + step, height))
+
+
+def _grown(rows: slice, height: int) -> slice:
+    """The rows that a 3x3 convolution reads for these."""
+    return slice(max(rows.start - 1, 0), min(rows.stop + 1, height))
+
+
+def _within(outer: slice, rows: slice) -> slice:
+    return slice(rows.start - outer.start, rows.stop - outer.start)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x [B, H, W, C], contiguous, as the matrix of its pixels; a view."""
+    return x.view(-1, x.shape[-1])
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The depthwise convolution of x [B, H, W, C]."""
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))
+    return y.permute(0, 2, 3, 1)
+
+
+def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, rows: slice) -> list[Tensor]:
+    """The gradients of x, weight and bias that belong to some rows; overwrites the others'."""
+    count = len(weight)
+    maps = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    sizes = [count], [1, 1], [1, 1], [1, 1], False, [0, 0], count
+    run = partial(torch.ops.aten.convolution_backward, *maps, weight, *sizes)
+    if rows == slice(0, x.shape[1]):
+        grad_x, *others = run([True, True, True])
+    else:
+        grad_x, _, _ = run([True, False, False])
+        grad[:, : rows.start] = 0
+        grad[:, rows.stop :] = 0
+        _, *others = run([False, True, True])
+    return [grad_x.permute(0, 2, 3, 1)[:, rows], *others]
