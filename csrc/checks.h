@@ -158,6 +158,24 @@ inline void check_table(const Tensor& q, const Tensor& pos, const Tensor& table,
   check_size(table.size(1), "Th of rpe_table"), check_size(table.size(2), "Tw of rpe_table");
 }
 
+inline void check_heads(int64_t heads, int64_t channels, const char* name) {
+  STD_TORCH_CHECK(heads >= 1 && channels >= heads && channels % heads == 0,
+                  "heads must divide the ", channels, " channels of ", name, ", got ", heads);
+}
+
+// Returns the seed's place.
+inline const int64_t* check_dropout(double dropout_p, const OptionalTensor& seed,
+                                    const Tensor& like, const char* like_name) {
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1], got ", dropout_p);
+  STD_TORCH_CHECK(dropout_p == 0 || seed, "dropout needs a seed");
+  if (!seed) return nullptr;
+  check_shape(*seed, "seed", {1}, "[1]");
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, "seed must be int64, got ",
+                  dtype_name(seed->scalar_type()));
+  STD_TORCH_CHECK(seed->device() == like.device(), "seed must be on the device of ", like_name);
+  return static_cast<const int64_t*>(seed->data_ptr());
+}
+
 // `pos` and `rpe_table` must be contiguous by now (ops.cpp sees to it: they are small).
 inline AttentionInputs check_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const OptionalTensor& pos, const OptionalTensor& table,
@@ -167,15 +185,13 @@ inline AttentionInputs check_attention(const Tensor& q, const Tensor& k, const T
   const DType dtype = feature_dtype(q, "q");
   check_dims(q, "q", 4, "[B, C, H, W]");
   check_dims(k, "k", 3, "[B, C, N]");
-  STD_TORCH_CHECK(heads >= 1 && q.size(1) >= heads && q.size(1) % heads == 0,
-                  "heads must divide the ", q.size(1), " channels of q, got ", heads);
+  check_heads(heads, q.size(1), "q");
   check_shape(k, "k", {q.size(0), q.size(1), k.size(2)}, "[B, C, N]");
   check_shape(v, "v", {q.size(0), q.size(1), k.size(2)}, "[B, C, N]");
   check_same_kind(k, "k", q, "q"), check_same_kind(v, "v", q, "q");
   check_size(q.size(2), "H of q"), check_size(q.size(3), "W of q"), check_size(k.size(2), "N of k");
   STD_TORCH_CHECK(pos || !table, "rpe_table needs pos, the keys' positions, got None");
-  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1], got ", dropout_p);
-  STD_TORCH_CHECK(dropout_p == 0 || seed, "dropout needs a seed");
+  const int64_t* drawn = check_dropout(dropout_p, seed, q, "q");
 
   AttentionInputs in{};
   in.shape = {q.size(0),
@@ -212,13 +228,7 @@ inline AttentionInputs check_attention(const Tensor& q, const Tensor& k, const T
     }
     in.bias = {bias->data_ptr(), stride[0], stride[1], stride[2], stride[3]};
   }
-  if (seed) {
-    check_shape(*seed, "seed", {1}, "[1]");
-    STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, "seed must be int64, got ",
-                    dtype_name(seed->scalar_type()));
-    STD_TORCH_CHECK(seed->device() == q.device(), "seed must be on the device of q");
-    in.seed = static_cast<const int64_t*>(seed->data_ptr());
-  }
+  in.seed = drawn;
   return in;
 }
 

@@ -6,19 +6,14 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cpu/kernels.h"
+#include "windows.h"
 
 namespace dat {
 namespace {
 
-void run_tasks(int tasks, void (*body)(void*, int), void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) body(context, int(task));
-  });
-}
-
 struct CpuDevice {
   static constexpr bool reads_feature_dtype = false, adds_in_any_order = false;
+  static constexpr bool writes_any_layout = true;
 
   explicit CpuDevice(const Tensor&) {}
 
@@ -29,7 +24,7 @@ struct CpuDevice {
     cpu::kernels().attention_backward(p, threads);
   }
 
-  const cpu::Threads threads{int(torch::stable::get_num_threads()), run_tasks};
+  const cpu::Threads threads = torch_threads();
 };
 
 #if defined(DAT_WITH_CUDA)
@@ -48,8 +43,14 @@ struct CudaDevice : CudaKernels {
 }  // namespace
 }  // namespace dat
 
-STABLE_TORCH_LIBRARY(dat_cuda, m) { dat::define_operators(m); }
-STABLE_TORCH_LIBRARY_IMPL(dat_cuda, CPU, m) { dat::implement_operators<dat::CpuDevice>(m); }
+STABLE_TORCH_LIBRARY(dat_cuda, m) {
+  dat::define_operators(m);
+  dat::define_window_operators(m);
+}
+STABLE_TORCH_LIBRARY_IMPL(dat_cuda, CPU, m) {
+  dat::implement_operators<dat::CpuDevice>(m);
+  dat::implement_window_operators(m);
+}
 #if defined(DAT_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(dat_cuda, CUDA, m) { dat::implement_operators<dat::CudaDevice>(m); }
 #endif

@@ -6,6 +6,7 @@
 //   reads_feature_dtype              whether its kernels take offset and rpe_table in the dtype of
 //                                    the features too, or in the accumulation type alone
 //   adds_in_any_order                whether they sum up a broadcast bias's gradient atomically
+//   writes_any_layout                whether they write channels-last results
 #pragma once
 
 #include "checks.h"
@@ -37,6 +38,20 @@ OptionalTensor readable(const OptionalTensor& t, const Tensor& features) {
 
 // What stands for an output that was not asked for.
 inline Tensor none_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
+
+// What is returned for features [B, C, H, W] or [B, C, N]: in channels-last memory if they lie so
+// and the device's kernels write any layout, else contiguous. functional.py says it, too.
+template <class Device>
+Tensor laid_out_like(const Tensor& t) {
+  const bool flat = t.dim() == 3;
+  const int64_t pixels = flat ? t.size(2) : t.size(2) * t.size(3);
+  const bool channels_last = Device::writes_any_layout && t.stride(1) == 1;
+  Tensor out = channels_last
+                   ? torch::stable::transpose(
+                         torch::stable::new_empty(t, {t.size(0), pixels, t.size(1)}), 1, 2)
+                   : torch::stable::new_empty(t, {t.size(0), t.size(1), pixels});
+  return flat ? out : torch::stable::view(out, {t.size(0), t.size(1), t.size(2), t.size(3)});
+}
 
 template <class Device>
 std::tuple<Tensor, Tensor> sample_forward(const Tensor& x, const Tensor& offset_in, int64_t groups,
@@ -85,10 +100,10 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
   AttentionForward p{};
   p.in = check_attention(q, k, v, pos, table, bias, seed, heads, scale, dropout_p, version);
   const AttentionShape& shape = p.in.shape;
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  Tensor out = laid_out_like<Device>(q);
   Tensor lse =
       torch::stable::new_empty(q, {shape.batch, heads, shape.queries()}, accumulation_type(q));
-  p.out = out.data_ptr(), p.lse = lse.data_ptr();
+  p.out = map_view(out), p.lse = lse.data_ptr();
   if (shape.batch > 0) Device(q).run(p);
   return {out, lse};
 }
@@ -146,11 +161,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   check_accumulation(lse, "lse", q, "q");
   p.out = map_view(out), p.grad_out = map_view(grad_out), p.lse = lse.data_ptr();
 
-  Tensor grad_q = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
-  Tensor grad_k = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
-  Tensor grad_v = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
+  Tensor grad_q = laid_out_like<Device>(q);
+  Tensor grad_k = laid_out_like<Device>(k), grad_v = laid_out_like<Device>(v);
   Tensor grad_pos = none_like(lse), grad_table = none_like(lse), grad_bias = none_like(lse);
-  p.grad_q = grad_q.data_ptr(), p.grad_k = grad_k.data_ptr(), p.grad_v = grad_v.data_ptr();
+  p.grad_q = map_view(grad_q), p.grad_k = map_view(grad_k), p.grad_v = map_view(grad_v);
   if (table) {
     grad_pos = torch::stable::new_empty(*pos, {shape.batch, heads, shape.keys, 2});
     grad_table = torch::stable::new_empty(*table, table->sizes(), accumulation_type(q));
@@ -171,6 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 // Everything that the CUDA kernels need of a device but the way to its stream.
 struct CudaKernels {
   static constexpr bool reads_feature_dtype = true, adds_in_any_order = true;
+  static constexpr bool writes_any_layout = false;
 
   const Tensor& features;
   cuda::Stream stream;

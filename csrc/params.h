@@ -64,6 +64,13 @@ struct DenseBias {
   int64_t batch = 0, head = 0, query = 0, key = 0;
 };
 
+// Attention within windows, on the CPU: an image is a window of one row, and pixel i of image b is
+// at place rows[b * pixels + i] of a map whose batch stride is 0. Queries of different windows
+// differ.
+struct WindowRows {
+  const int64_t *queries = nullptr, *keys = nullptr;  // [B, M], [B, N]
+};
+
 struct AttentionInputs {
   AttentionShape shape;
   MapView q;          // [B, C, H, W]
@@ -72,23 +79,24 @@ struct AttentionInputs {
   const void* table;  // [h, Th, Tw] or null
   DenseBias bias;
   const int64_t* seed;  // [1], null without dropout
+  WindowRows windows;
 };
 
 struct AttentionForward {
   AttentionInputs in;
-  void* out;  // [B, C, H, W] contiguous
-  void* lse;  // [B, h, M], natural logarithm
+  MapView out;  // [B, C, H, W], contiguous unless kernels say that they write any layout
+  void* lse;    // [B, h, M], natural logarithm
 };
 
 struct AttentionBackward {
   AttentionInputs in;
-  MapView out, grad_out;  // [B, C, H, W]
-  const void* lse;        // [B, h, M]
-  void* grad_q;           // [B, C, H, W]
-  void *grad_k, *grad_v;  // [B, C, N]
-  void* grad_pos;         // [B, h, N, 2] one part for each head, or null
-  void* grad_table;       // [h, Th, Tw] or null
-  void* grad_bias;        // [B or 1, h or 1, M, N] in the accumulation type, or null
+  MapView out, grad_out;   // [B, C, H, W]
+  const void* lse;         // [B, h, M]
+  MapView grad_q;          // [B, C, H, W], laid out as `out` above
+  MapView grad_k, grad_v;  // [B, C, N], as well
+  void* grad_pos;          // [B, h, N, 2] one part for each head, or null
+  void* grad_table;        // [h, Th, Tw] or null
+  void* grad_bias;         // [B or 1, h or 1, M, N] in the accumulation type, or null
   int64_t grad_bias_batch, grad_bias_head;  // its strides, 0 where broadcast
 };
 

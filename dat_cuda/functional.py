@@ -156,7 +156,8 @@ def deform_attention(
         version: ``"dat"`` or ``"dat++"``: the query grid.
 
     Returns:
-        ``out [B, C, H, W]`` in the dtype of q, differentiable in q, k, v, pos, rpe_table and bias.
+        ``out [B, C, H, W]`` in the dtype of q, differentiable in q, k, v, pos, rpe_table and bias;
+        on the CPU in channels-last memory if q lies so, else contiguous.
         A NaN position gives NaN where its key takes part, an infinite one no table bias.
 
     Under ``torch.autocast`` float32 q, k, v and bias are cast to the autocast dtype. On CUDA
@@ -234,10 +235,18 @@ def _(grad_sampled, grad_pos, x, offset, groups, offset_range_factor, version):
     return x.new_empty(x.shape), offset.new_empty(offset.shape)
 
 
+def _laid_out_like(x: Tensor) -> Tensor:
+    """An output for features [B, C, H, W] or [B, C, N], as csrc/ops.h lays it out."""
+    if x.device.type != "cpu" or x.stride(1) != 1:
+        return x.new_empty(x.shape)
+    pixels = x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[2]
+    return x.new_empty((x.shape[0], pixels, x.shape[1])).transpose(1, 2).view(x.shape)
+
+
 @torch.library.register_fake("dat_cuda::deform_attention_forward")
 def _(q, k, v, pos, rpe_table, bias, seed, heads, scale, dropout_p, version):
     lse = (q.shape[0], heads, q.shape[2] * q.shape[3])
-    return q.new_empty(q.shape), q.new_empty(lse, dtype=_accumulation_dtype(q))
+    return _laid_out_like(q), q.new_empty(lse, dtype=_accumulation_dtype(q))
 
 
 @torch.library.register_fake("dat_cuda::deform_attention_backward")
@@ -247,9 +256,9 @@ def _(
 ):  # fmt: skip
     none = lse.new_empty((0,))
     return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
+        _laid_out_like(q),
+        _laid_out_like(k),
+        _laid_out_like(v),
         none if rpe_table is None else pos.new_empty(pos.shape),
         none.clone() if rpe_table is None else rpe_table.new_empty(rpe_table.shape),
         q.new_empty(bias.shape) if bias is not None and bias_grad else none.clone(),

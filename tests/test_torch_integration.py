@@ -11,6 +11,7 @@ from operator_cases import (
     SampleCase,
     deterministic_algorithms,
     gradcheck,
+    relayout,
     run,
     threads,
 )
@@ -108,6 +109,20 @@ def test_opcheck(native, index):
         if tensor is not None and tensor.is_floating_point():
             tensor.requires_grad_()
     torch.library.opcheck(operator.default, (*(differentiable or ()), *rest))
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_results_lie_as_the_inputs(layout):
+    """On the CPU, as the fake kernels say."""
+    case = attention_case(bias=(None, ""), dtype=torch.float32)
+    inputs = {name: relayout(t, layout) for name, t in case.inputs().items() if name in "qkv"}
+    given = wanting_gradients(inputs)
+    rest = None, None, None, None, 2, 0.7, 0.0, "dat"
+    torch.library.opcheck(OPERATORS.deform_attention_forward.default, (*given.values(), *rest))
+    out = deform_attention(**given, **case.options)
+    grads = torch.autograd.grad(out.sum(), given.values())
+    for t in (out, *grads):
+        assert t.movedim(1, -1).is_contiguous() == (layout == "channels_last")
 
 
 def both_operators(x, offset, table, bias):

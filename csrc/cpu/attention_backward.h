@@ -14,11 +14,24 @@
 
 namespace dat::cpu::DAT_SIMD {
 
-// to[c][n] = scale * sums[n][c]; `rows` is a buffer of kLanes rows of kLd.
+// head[c, n] = scale * sums[n][c], added where windows overlap; `rows` is a buffer of kLanes rows
+// of kLd.
 template <class S, class T>
-__attribute__((noinline)) void write_transposed(const T* sums, int64_t keys, int64_t channels,
-                                                int64_t padded, T scale, T* rows, S* to) {
+__attribute__((noinline)) void write_keys(const T* sums, int64_t keys, int64_t channels,
+                                          int64_t padded, T scale, T* rows,
+                                          const HeadView<S>& head) {
   constexpr int L = kLanes<T>;
+  if (head.places || head.channel == 1) {
+    for (int64_t n = 0; n < keys; ++n, sums += padded) {
+      S* to = head.places ? head.place(n) : head.data + n * head.column;
+      if (head.places)
+        for (int64_t c = 0; c < channels; ++c)
+          to[c] = from_acc<S>(T(to_acc(to[c])) + sums[c] * scale);
+      else
+        for (int64_t c = 0; c < channels; ++c) to[c] = from_acc<S>(sums[c] * scale);
+    }
+    return;
+  }
   for (int64_t first = 0; first < keys; first += kMaxQueries) {
     const int64_t count = std::min<int64_t>(kMaxQueries, keys - first);
     for (int64_t c = 0; c < channels; c += L) {
@@ -26,7 +39,7 @@ __attribute__((noinline)) void write_transposed(const T* sums, int64_t keys, int
         transpose_block(sums + (first + n) * padded + c, padded, rows + n, kLd<T>);
       for (int64_t i = 0; i < std::min<int64_t>(L, channels - c); ++i)
         for (int64_t n = 0; n < count; ++n)
-          to[(c + i) * keys + first + n] = from_acc<S>(rows[i * kLd<T> + n] * scale);
+          head.data[(c + i) * head.channel + first + n] = from_acc<S>(rows[i * kLd<T> + n] * scale);
     }
   }
 }
@@ -37,10 +50,8 @@ void write_key_sums(const AttentionBackward& p, int64_t b, int64_t h, const T* m
   const AttentionShape& shape = p.in.shape;
   const KeySums<T> sums(const_cast<T*>(memory), shape);
   const int64_t d = shape.head_dim, padded = KeySums<T>::padded(shape), pair = b * shape.heads + h;
-  S* k = static_cast<S*>(p.grad_k) + pair * d * shape.keys;
-  S* v = static_cast<S*>(p.grad_v) + pair * d * shape.keys;
-  write_transposed(sums.k, shape.keys, d, padded, T(kLn2), rows, k);
-  write_transposed(sums.v, shape.keys, d, padded, T(1), rows, v);
+  write_keys(sums.k, shape.keys, d, padded, T(kLn2), rows, key_view<S>(p.in, p.grad_k, b, h));
+  write_keys(sums.v, shape.keys, d, padded, T(1), rows, key_view<S>(p.in, p.grad_v, b, h));
   if (!p.grad_pos) return;
   const T along_y = -T(kLn2) * table_axis<T>(shape.table_h, shape.height, shape.version).quarter;
   const T along_x = -T(kLn2) * table_axis<T>(shape.table_w, shape.width, shape.version).quarter;
@@ -102,8 +113,8 @@ void prefetch_backward(Prefetch& prefetch, const AttentionBackward& p, const Til
   const int d = int(p.in.shape.head_dim);
   prefetch_item<S>(prefetch, p.in, grid, item);
   for (const MapView* map : {&p.out, &p.grad_out})
-    prefetch_tile(prefetch, head_data<const S>(*map, item.b, item.h * d), *map,
-                  grid.tile(item.tile), d);
+    prefetch_tile(prefetch, query_view<const S>(p.in, *map, item.b, item.h), grid.tile(item.tile),
+                  d);
 }
 
 // Items [begin, end) of a slice, in the order head, image, tile.
@@ -127,11 +138,9 @@ void backward_run(const AttentionBackward& p, const Slice& slice, const TileGrid
     for (int64_t t = first; t < stop; ++t, ++i) {
       prefetch.clear();
       if (t + 1 == stop) {
-        const MapView grad = {nullptr, 0, shape.keys, 0, 1};
-        const int64_t channels = (b * shape.heads + h) * shape.head_dim;
-        for (void* data : {p.grad_k, p.grad_v})
-          prefetch_keys(prefetch, static_cast<const S*>(data) + channels * shape.keys, grad,
-                        shape.keys, int(shape.head_dim));
+        const int d = int(shape.head_dim);
+        for (const MapView* map : {&p.grad_k, &p.grad_v})
+          prefetch_keys(prefetch, key_view<const S>(p.in, *map, b, h), shape.keys, d);
       }
       if (i + 1 < end) prefetch_backward<S>(prefetch, p, grid, slice.item(i + 1, tiles));
       backward_tile(p, b, h, grid.tile(t), work, prefetch);

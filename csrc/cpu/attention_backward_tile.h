@@ -116,16 +116,16 @@ void load_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& til
   const int d = int(shape.head_dim), queries = tile.queries();
   const int64_t padded = KeySums<T>::padded(shape);
   // grad_q's buffer serves to read out.
-  read_tile(head_data<const S>(p.out, b, h * d), p.out, tile, d, T(1), work.grad_q);
-  read_tile(head_data<const S>(p.grad_out, b, h * d), p.grad_out, tile, d, T(1), work.grad_out);
+  read_tile(query_view<const S>(p.in, p.out, b, h), tile, d, T(1), work.grad_q);
+  read_tile(query_view<const S>(p.in, p.grad_out, b, h), tile, d, T(1), work.grad_out);
   std::fill_n(work.row_sum, kLd<T>, T(0));
   for (int c = 0; c < d; ++c)
     for (int m = 0; m < queries; ++m)
       work.row_sum[m] += work.grad_q[c * kLd<T> + m] * work.grad_out[c * kLd<T> + m];
-  read_tile(head_data<const S>(p.in.q, b, h * d), p.in.q, tile, d, T(shape.scale * kLog2e), work.q);
+  read_tile(query_view<const S>(p.in, p.in.q, b, h), tile, d, T(shape.scale * kLog2e), work.q);
   const MapView lse =
       contiguous_map(const_cast<void*>(p.lse), shape.heads, shape.height, shape.width);
-  read_tile(head_data<const T>(lse, b, h), lse, tile, 1, T(kLog2e), work.lse);
+  read_tile(head_view<const T>(lse, b, h), tile, 1, T(kLog2e), work.lse);
   std::fill_n(work.q + d * kLd<T>, (padded - d) * kLd<T>, T(0));
   std::fill_n(work.grad_out + d * kLd<T>, (padded - d) * kLd<T>, T(0));
   transpose_tile(work.q, queries, padded, work.q_rows);
@@ -152,8 +152,8 @@ void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile&
   const int64_t padded = KeySums<T>::padded(shape);
   const KeySums<T> sums(work.key_sums, shape);
   const T* factor = shape.dropout_p > 0 ? work.factor : nullptr;
-  const MapView map = contiguous_map(p.grad_q, shape.heads * d, shape.height, shape.width);
-  prefetch_tile(prefetch, head_data<const S>(map, b, h * d), map, tile, d);
+  const HeadView<S> grad_q = query_view<S>(in, p.grad_q, b, h);
+  prefetch_tile(prefetch, grad_q, tile, d);
   load_tile(p, b, h, tile, work);
   for (int64_t first = 0; first < shape.keys; first += kKeyTile) {
     const int keys = int(std::min<int64_t>(kKeyTile, shape.keys - first));
@@ -177,7 +177,7 @@ void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile&
                      static_cast<T*>(p.grad_bias) + b * p.grad_bias_batch + h * p.grad_bias_head);
   }
   std::fill_n(work.row_sum, queries, T(shape.scale));
-  write_tile(work.grad_q, work.row_sum, tile, d, head_data<S>(map, b, h * d), map);
+  write_tile(work.grad_q, work.row_sum, tile, d, grad_q);
 }
 
 }  // namespace dat::cpu::DAT_SIMD

@@ -28,8 +28,8 @@ struct HeadOperands {
   void read(const AttentionInputs& in, int64_t b, int64_t h, bool table_too) {
     const AttentionShape& shape = in.shape;
     const int d = int(shape.head_dim);
-    read_keys(head_data<const S>(in.k, b, h * d), in.k, shape.keys, d, k);
-    read_keys(head_data<const S>(in.v, b, h * d), in.v, shape.keys, d, v);
+    read_keys(key_view<const S>(in, in.k, b, h), shape.keys, d, k);
+    read_keys(key_view<const S>(in, in.v, b, h), shape.keys, d, v);
     if (!in.table) return;
     const int64_t group = h / (shape.heads / shape.groups);
     bias.read_positions(static_cast<const T*>(in.pos) + (b * shape.groups + group) * shape.keys * 2,
@@ -122,9 +122,9 @@ void forward_tile(const AttentionForward& p, int64_t b, int64_t h, const Tile& t
   using T = acc_t<S>;
   const AttentionShape& shape = p.in.shape;
   const int d = int(shape.head_dim), vectors = int(ceil_div(tile.queries(), kLanes<T>));
-  const MapView out = contiguous_map(p.out, shape.heads * d, shape.height, shape.width);
-  prefetch_tile(prefetch, head_data<const S>(out, b, h * d), out, tile, d);
-  read_tile(head_data<const S>(p.in.q, b, h * d), p.in.q, tile, d, T(shape.scale * kLog2e), work.q);
+  const HeadView<S> out = query_view<S>(p.in, p.out, b, h);
+  prefetch_tile(prefetch, out, tile, d);
+  read_tile(query_view<const S>(p.in, p.in.q, b, h), tile, d, T(shape.scale * kLog2e), work.q);
   std::fill_n(work.maximum, vectors * kLanes<T>, -T(INFINITY));
   std::fill_n(work.top, vectors * kLanes<T>, -T(INFINITY));
   std::fill_n(work.sum, vectors * kLanes<T>, T(0));
@@ -145,10 +145,10 @@ void forward_tile(const AttentionForward& p, int64_t b, int64_t h, const Tile& t
     store(work.sum + m, T(1) / total);
     store(work.maximum + m, (load(work.maximum + m) + log2<T>(total)) * T(kLn2));
   }
-  write_tile(work.o, work.sum, tile, d, head_data<S>(out, b, h * d), out);
+  write_tile(work.o, work.sum, tile, d, out);
   const MapView lse = contiguous_map(p.lse, shape.heads, shape.height, shape.width);
   std::fill_n(work.sum, vectors * kLanes<T>, T(1));
-  write_tile(work.maximum, work.sum, tile, 1, head_data<T>(lse, b, h), lse);
+  write_tile(work.maximum, work.sum, tile, 1, head_view<T>(lse, b, h));
 }
 
 // Work on one head and image: `tile` counts over all tiles of all of them, images before heads, so
@@ -165,11 +165,10 @@ template <class S>
 void prefetch_item(Prefetch& prefetch, const AttentionInputs& in, const TileGrid& grid,
                    const Item& item) {
   const int d = int(in.shape.head_dim);
-  prefetch_tile(prefetch, head_data<const S>(in.q, item.b, item.h * d), in.q, grid.tile(item.tile),
-                d);
+  prefetch_tile(prefetch, query_view<const S>(in, in.q, item.b, item.h), grid.tile(item.tile), d);
   if (item.tile) return;
   for (const MapView* map : {&in.k, &in.v})
-    prefetch_keys(prefetch, head_data<const S>(*map, item.b, item.h * d), *map, in.shape.keys, d);
+    prefetch_keys(prefetch, key_view<const S>(in, *map, item.b, item.h), in.shape.keys, d);
 }
 
 template <class S>

@@ -55,7 +55,8 @@ __attribute__((noinline)) void dense_bias(bool accumulate, const S* head, const 
                                           T scale, T* s) {
   if (bias.key == 1 && !accumulate) {
     for_each_query_run(tile, width, [&](int64_t query, int place, int count) {
-      read_transposed(head + query * bias.query + first, bias.query, count, keys, scale, s + place,
+      const S* from = head + query * bias.query + first;
+      read_transposed([&](int i) { return from + i * bias.query; }, count, keys, scale, s + place,
                       kLd<T>);
     });
     return;

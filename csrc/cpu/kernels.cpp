@@ -4,6 +4,7 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "attention_windows.h"
 #include "sample.h"
 
 #define DAT_STRING_(x) #x
@@ -39,6 +40,10 @@ const Kernels table = {
     },
     [](const AttentionBackward& p, const Threads& threads) {
       for_dtype(p.in.shape.dtype, [&](auto s) { attention_backward<decltype(s)>(p, threads); });
+    },
+    [](const AttentionBackward& p, int64_t groups, const Threads& threads) {
+      for_dtype(p.in.shape.dtype,
+                [&](auto s) { window_backward<decltype(s)>(p, groups, threads); });
     },
 };
 

@@ -27,6 +27,7 @@ struct Kernels {
   void (*sample_backward)(const SampleBackward&, const Threads&);
   void (*attention_forward)(const AttentionForward&, const Threads&);
   void (*attention_backward)(const AttentionBackward&, const Threads&);
+  void (*window_backward)(const AttentionBackward&, int64_t groups, const Threads&);
 };
 
 // The best table for this machine; DAT_SIMD=avx2|baseline in the environment asks for a lesser one.

@@ -112,6 +112,32 @@ S* head_data(const MapView& map, int64_t batch, int64_t channel) {
   return static_cast<S*>(map.data) + batch * map.batch + channel * map.channel;
 }
 
+// One head of one image, or of one window (WindowRows). Results are contiguous or channels-last.
+template <class S>
+struct HeadView {
+  S* data;
+  int64_t channel, row, column;  // strides
+  const int64_t* places;         // of a window's pixels, or null
+
+  S* place(int64_t pixel) const { return data + places[pixel] * column; }
+};
+
+template <class S>
+HeadView<S> head_view(const MapView& map, int64_t batch, int64_t channel,
+                      const int64_t* rows = nullptr, int64_t pixels = 0) {
+  return {head_data<S>(map, batch, channel), map.channel, map.row, map.column,
+          rows ? rows + batch * pixels : nullptr};
+}
+// Of q, out and their gradients, and of k, v and theirs.
+template <class S>
+HeadView<S> query_view(const AttentionInputs& in, const MapView& map, int64_t b, int64_t h) {
+  return head_view<S>(map, b, h * in.shape.head_dim, in.windows.queries, in.shape.queries());
+}
+template <class S>
+HeadView<S> key_view(const AttentionInputs& in, const MapView& map, int64_t b, int64_t h) {
+  return head_view<S>(map, b, h * in.shape.head_dim, in.windows.keys, in.shape.keys);
+}
+
 // MapView of a contiguous [B, C, H, W].
 inline MapView contiguous_map(void* data, int64_t channels, int64_t height, int64_t width) {
   return {data, channels * height * width, height * width, width, 1};
@@ -120,11 +146,11 @@ inline MapView contiguous_map(void* data, int64_t channels, int64_t height, int6
 // Calls f(pointer into the map, query number, count) for each run of queries that are neighbours
 // in memory along the map's columns: whole tiles where rows follow each other, else rows.
 template <class S, class F>
-DAT_INLINE void for_each_run(S* channel, const MapView& map, const Tile& tile, const F& f) {
-  S* first = channel + tile.row * map.row + tile.column * map.column;
-  const bool joined = map.row == tile.columns * map.column;
+DAT_INLINE void for_each_run(const HeadView<S>& head, int channel, const Tile& tile, const F& f) {
+  S* first = head.data + channel * head.channel + tile.row * head.row + tile.column * head.column;
+  const bool joined = head.row == tile.columns * head.column;
   const int runs = joined ? 1 : tile.rows, count = joined ? tile.queries() : tile.columns;
-  for (int run = 0; run < runs; ++run) f(first + run * map.row, run * count, count);
+  for (int run = 0; run < runs; ++run) f(first + run * head.row, run * count, count);
 }
 
 template <class S, class T>
@@ -144,72 +170,100 @@ DAT_INLINE void for_each_query_run(const Tile& tile, int64_t width, const F& f) 
     f((tile.row + run) * width + tile.column, run * count, count);
 }
 
-// to[c * to_stride + i] = scale * from[i * from_stride + c]: what lies channels-last in memory.
-template <class S, class T>
-DAT_INLINE void read_transposed(const S* from, int64_t from_stride, int count, int channels,
-                                T scale, T* to, int64_t to_stride) {
+// to[c * to_stride + i] = scale * from(i)[c]: of pixels that lie channels-last in memory.
+template <class T, class From>
+DAT_INLINE void read_transposed(const From& from, int count, int channels, T scale, T* to,
+                                int64_t to_stride) {
   constexpr int L = kLanes<T>;
   int blocked = 0, across = 0;  // pixels and channels that whole blocks cover
+  if constexpr (std::is_same_v<decltype(from(0)), const T*>) {
+    blocked = count / L * L, across = channels / L * L;
+    for (int i = 0; i < blocked; i += L)
+      for (int c = 0; c < across; c += L)
+        transpose_block<T>([&](int row) { return from(i + row) + c; },
+                           [&](int row) { return to + (c + row) * to_stride + i; }, splat(scale));
+  }
+  for (int i = 0; i < count; ++i)
+    for (int c = i < blocked ? across : 0; c < channels; ++c)
+      to[c * to_stride + i] = T(to_acc(from(i)[c])) * scale;
+}
+
+// to(i)[c] = from[c * kLd + i] * scale[i]
+template <class T, class To>
+DAT_INLINE void write_transposed(const T* from, const T* scale, int count, int channels,
+                                 const To& to) {
+  using S = std::remove_pointer_t<decltype(to(0))>;
+  constexpr int L = kLanes<T>;
+  int blocked = 0, across = 0;
   if constexpr (std::is_same_v<S, T>) {
     blocked = count / L * L, across = channels / L * L;
     for (int i = 0; i < blocked; i += L)
       for (int c = 0; c < across; c += L)
-        transpose_block(from + i * from_stride + c, from_stride, to + c * to_stride + i, to_stride,
-                        scale);
+        transpose_block<T>([&](int row) { return from + (c + row) * kLd<T> + i; },
+                           [&](int row) { return to(i + row) + c; }, load(scale + i));
   }
   for (int i = 0; i < count; ++i)
     for (int c = i < blocked ? across : 0; c < channels; ++c)
-      to[c * to_stride + i] = T(to_acc(from[i * from_stride + c])) * scale;
+      to(i)[c] = from_acc<S>(from[c * kLd<T> + i] * scale[i]);
 }
 
-// tile_buffer[c][query] = scale * map[c, query]; lanes past the last query are 0.
+// tile_buffer[c][query] = scale * head[c, query]; lanes past the last query are 0.
 template <class S, class T>
-__attribute__((noinline)) void read_tile(const S* head, const MapView& map, const Tile& tile,
+__attribute__((noinline)) void read_tile(const HeadView<const S>& head, const Tile& tile,
                                          int channels, T scale, T* to) {
   const int queries = tile.queries(), padded = int(round_up<T>(queries));
-  if (map.channel == 1) {
-    for_each_run(head, map, tile, [&](const S* from, int query, int count) {
-      read_transposed(from, map.column, count, channels, scale, to + query, kLd<T>);
+  if (head.places)
+    read_transposed([&](int i) { return head.place(tile.column + i); }, queries, channels, scale,
+                    to, kLd<T>);
+  else if (head.channel == 1)
+    for_each_run(head, 0, tile, [&](const S* from, int query, int count) {
+      read_transposed([&](int i) { return from + i * head.column; }, count, channels, scale,
+                      to + query, kLd<T>);
     });
+  else
     for (int c = 0; c < channels; ++c)
-      for (int i = queries; i < padded; ++i) to[c * kLd<T> + i] = 0;
-    return;
-  }
-  for (int c = 0; c < channels; ++c, to += kLd<T>) {
-    for_each_run(head + c * map.channel, map, tile, [&](const S* from, int query, int count) {
-      read_run(from, map.column, count, scale, to + query);
-    });
-    for (int i = queries; i < padded; ++i) to[i] = 0;
-  }
+      for_each_run(head, c, tile, [&](const S* from, int query, int count) {
+        read_run(from, head.column, count, scale, to + c * kLd<T> + query);
+      });
+  for (int c = 0; c < channels; ++c)
+    for (int i = queries; i < padded; ++i) to[c * kLd<T> + i] = 0;
 }
 
-// map[c, query] = tile_buffer[c][query] * scale[query].
+// head[c, query] = tile_buffer[c][query] * scale[query]
 template <class S, class T>
 __attribute__((noinline)) void write_tile(const T* from, const T* scale, const Tile& tile,
-                                          int channels, S* head, const MapView& map) {
-  for (int c = 0; c < channels; ++c, from += kLd<T>)
-    for_each_run(head + c * map.channel, map, tile, [&](S* to, int query, int count) {
-      for (int i = 0; i < count; ++i) to[i] = from_acc<S>(from[query + i] * scale[query + i]);
+                                          int channels, const HeadView<S>& head) {
+  if (head.places)
+    write_transposed(from, scale, tile.queries(), channels,
+                     [&](int i) { return head.place(tile.column + i); });
+  else if (head.channel == 1)
+    for_each_run(head, 0, tile, [&](S* to, int query, int count) {
+      write_transposed(from + query, scale + query, count, channels,
+                       [&](int i) { return to + i * head.column; });
     });
+  else
+    for (int c = 0; c < channels; ++c, from += kLd<T>)
+      for_each_run(head, c, tile, [&](S* to, int query, int count) {
+        for (int i = 0; i < count; ++i) to[i] = from_acc<S>(from[query + i] * scale[query + i]);
+      });
 }
 
 // Announces a tile's, or a list of keys', memory.
 template <class S>
-void prefetch_tile(Prefetch& prefetch, const S* head, const MapView& map, const Tile& tile,
-                   int channels) {
-  if (map.column != 1) return;
-  const int64_t size = sizeof(S), channel = map.channel * size;
-  if (map.row == tile.columns)
-    return prefetch.add(head + tile.row * map.row, tile.queries() * size, channels, channel);
+void prefetch_tile(Prefetch& prefetch, const HeadView<S>& head, const Tile& tile, int channels) {
+  if (head.column != 1 || head.places) return;
+  const int64_t size = sizeof(S), channel = head.channel * size;
+  const S* first = head.data + tile.row * head.row + tile.column;
+  if (head.row == tile.columns)
+    return prefetch.add(first, tile.queries() * size, channels, channel);
   for (int r = 0; r < std::min(tile.rows, 4); ++r)
-    prefetch.add(head + (tile.row + r) * map.row + tile.column, tile.columns * size, channels,
-                 channel);
+    prefetch.add(first + r * head.row, tile.columns * size, channels, channel);
 }
 template <class S>
-void prefetch_keys(Prefetch& prefetch, const S* head, const MapView& map, int64_t keys,
-                   int channels) {
+void prefetch_keys(Prefetch& prefetch, const HeadView<S>& head, int64_t keys, int channels) {
   const int64_t size = sizeof(S);
-  if (map.column == 1) prefetch.add(head, keys * size, channels, map.channel * size);
+  if (head.column == 1 && !head.places)
+    prefetch.add(head.data, keys * size, channels, head.channel * size);
 }
 
 // Keys or values of one head as [key tile][channel][key_stride]; what follows the last key is never
@@ -217,20 +271,23 @@ void prefetch_keys(Prefetch& prefetch, const S* head, const MapView& map, int64_
 DAT_INLINE int key_stride(int64_t keys) { return int(std::min<int64_t>(keys, kKeyTile)); }
 
 template <class S, class T>
-__attribute__((noinline)) void read_keys(const S* head, const MapView& map, int64_t keys,
-                                         int channels, T* to) {
+__attribute__((noinline)) void read_keys(const HeadView<const S>& head, int64_t keys, int channels,
+                                         T* to) {
   const int stride = key_stride(keys);
-  if (keys <= kKeyTile && map.channel == keys * map.column)
-    return read_run(head, map.column, channels * int(keys), T(1), to);
-  for (int64_t first = 0; first < keys; first += kKeyTile) {
+  if (!head.places && keys <= kKeyTile && head.channel == keys * head.column)
+    return read_run(head.data, head.column, channels * int(keys), T(1), to);
+  for (int64_t first = 0; first < keys; first += kKeyTile, to += channels * stride) {
     const int count = int(std::min<int64_t>(kKeyTile, keys - first));
-    if (map.channel == 1) {
-      read_transposed(head + first * map.column, map.column, count, channels, T(1), to, stride);
-      to += channels * stride;
-      continue;
-    }
-    for (int c = 0; c < channels; ++c, to += stride)
-      read_run(head + c * map.channel + first * map.column, map.column, count, T(1), to);
+    const S* data = head.data + first * head.column;
+    if (head.places)
+      read_transposed([&](int i) { return head.place(first + i); }, count, channels, T(1), to,
+                      stride);
+    else if (head.channel == 1)
+      read_transposed([&](int i) { return data + i * head.column; }, count, channels, T(1), to,
+                      stride);
+    else
+      for (int c = 0; c < channels; ++c)
+        read_run(data + c * head.channel, head.column, count, T(1), to + c * stride);
   }
 }
 

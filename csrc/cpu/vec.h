@@ -149,25 +149,29 @@ DAT_INLINE void exchange_lanes(Vec<T>* rows) {
 }
 #endif
 
-// Transposes a block of lanes x lanes: to[j * to_stride + i] = scale * from[i * from_stride + j].
-template <class T>
-DAT_INLINE void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride,
-                                T scale = T(1)) {
+// Transposes a block of lanes x lanes: to(j)[i] = scale[j] * from(i)[j].
+template <class T, class From, class To>
+DAT_INLINE void transpose_block(const From& from, const To& to, Vec<T> scale) {
   constexpr int L = kLanes<T>;
   Vec<T> rows[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) rows[i] = load(from + i * from_stride);
+  for (int i = 0; i < L; ++i) rows[i] = load(from(i)) * scale;
 #if defined(__clang__)
   for (int i = 0; i < L; ++i)
-    for (int j = 0; j < L; ++j) to[j * to_stride + i] = scale * rows[i][j];
+    for (int j = 0; j < L; ++j) to(j)[i] = rows[i][j];
 #else
   exchange_lanes<1, T>(rows);
   if constexpr (L > 2) exchange_lanes<2, T>(rows);
   if constexpr (L > 4) exchange_lanes<4, T>(rows);
   if constexpr (L > 8) exchange_lanes<8, T>(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) store(to + i * to_stride, scale * rows[i]);
+  for (int i = 0; i < L; ++i) store(to(i), rows[i]);
 #endif
+}
+template <class T>
+DAT_INLINE void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  transpose_block<T>([=](int i) { return from + i * from_stride; },
+                     [=](int j) { return to + j * to_stride; }, splat(T(1)));
 }
 
 }  // namespace dat::cpu::DAT_SIMD

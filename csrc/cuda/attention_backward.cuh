@@ -166,8 +166,8 @@ struct Backward {
     const BackwardScratch& s = layout.scratch;
     const int64_t heads = shape.batch * shape.heads, list = heads * shape.head_dim * shape.keys;
     SumJobs jobs{};
-    jobs.job[0] = {s.grad_k, p.grad_k, list, plan.splits, true};
-    jobs.job[1] = {s.grad_v, p.grad_v, list, plan.splits, true};
+    jobs.job[0] = {s.grad_k, p.grad_k.data, list, plan.splits, true};
+    jobs.job[1] = {s.grad_v, p.grad_v.data, list, plan.splits, true};
     jobs.job[2] = {s.grad_pos, p.grad_pos, heads * shape.keys * 2, plan.splits, false};
     jobs.job[3] = {s.grad_table, p.grad_table, shape.heads * shape.table_h * shape.table_w,
                    int(layout.tables * shape.batch), false};

@@ -164,10 +164,10 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
     if (in.table) table.flush();
     // The tile's memory is free now.
     A* sums = reinterpret_cast<A*>(shared + plan.at_q);
-    combine_and_store<E>(grad_k, A(shape.scale), sums, p.grad_k, scratch.grad_k, shape, plan, place,
+    combine_and_store<E>(grad_k, A(shape.scale), sums, p.grad_k.data, scratch.grad_k, shape, plan,
+                         place, groups, part, key);
+    combine_and_store<E>(grad_v, A(1), sums, p.grad_v.data, scratch.grad_v, shape, plan, place,
                          groups, part, key);
-    combine_and_store<E>(grad_v, A(1), sums, p.grad_v, scratch.grad_v, shape, plan, place, groups,
-                         part, key);
     if (in.table) store_grad_pos<E>(slopes, sums, p, scratch, plan, place, groups, part, key);
   }
 }

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
       sums.scale(factor);
       sums.store(q + slot, E::query_pitch(plan), plan.columns);
       __syncthreads();
-      T* grad_q = static_cast<T*>(p.grad_q) + at.batch_head * shape.head_dim * shape.queries();
+      T* grad_q = static_cast<T*>(p.grad_q.data) + at.batch_head * shape.head_dim * shape.queries();
       store_queries<E>(grad_q, q, shape, plan, origin, plan.out_vec);
       __syncthreads();
     }

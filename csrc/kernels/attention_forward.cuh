@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
       for (int r = 0; r < kUnitRows; ++r, to += shape.width)
         if (r < rows) *to = lse[r];
       __syncthreads();
-      T* out = static_cast<T*>(p.out) + at.batch_head * shape.head_dim * shape.queries();
+      T* out = static_cast<T*>(p.out.data) + at.batch_head * shape.head_dim * shape.queries();
       store_queries<E>(out, q, shape, plan, origin, plan.out_vec);
       __syncthreads();
     }

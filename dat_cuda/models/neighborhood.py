@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dat_cuda.attention import has_cpu_ways
 from dat_cuda.models.attend import Windows, attend, attend_windows
 
 
@@ -82,7 +83,9 @@ class NeighborhoodAttention2D(nn.Module):
             raise ValueError(f"x must have shape [B, dim, H, W], got {list(x.shape)}")
         height, width = x.shape[2:]
         least = self.kernel_size * self.dilation
-        x = F.pad(x, (0, max(0, least - width), 0, max(0, least - height))).permute(0, 2, 3, 1)
+        if min(height, width) < least:
+            x = F.pad(x, (0, max(0, least - width), 0, max(0, least - height)))
+        x = x.permute(0, 2, 3, 1)
         qkv = self.qkv(x)
         size = qkv.shape[:3]
         dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
@@ -92,7 +95,11 @@ class NeighborhoodAttention2D(nn.Module):
             "dropout_p": dropout_p,
         }
         parts = _parts(size, self.kernel_size, self.dilation, qkv.device)
-        if len(parts) == 1 and parts[0].row.covers(size[1]) and parts[0].column.covers(size[2]):
+        is_whole = len(parts) == 1 and all(
+            band.covers(side)
+            for band, side in zip((parts[0].row, parts[0].column), size[1:], strict=True)
+        )
+        if is_whole and not has_cpu_ways(qkv):
             q, k, v = qkv.flatten(1, 2).transpose(1, 2).chunk(3, dim=1)
             out = attend(q, k, v, self._bias(parts[0], qkv), **settings).transpose(1, 2)
         else:

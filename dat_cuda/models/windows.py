@@ -60,7 +60,8 @@ class LocalAttention(nn.Module):
         height, width = self.window_size
         x = x.permute(0, 2, 3, 1)
         size = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, -size[1] % width, 0, -size[0] % height))
+        if size[0] % height or size[1] % width:
+            x = F.pad(x, (0, 0, 0, -size[1] % width, 0, -size[0] % height))
         parts = [
             Windows(pixels, pixels, bias)
             for pixels, bias in zip(self._pixels(x, shift), self._biases(shift), strict=True)
@@ -76,13 +77,12 @@ class LocalAttention(nn.Module):
         """Which rows of x [B, H, W, C] make up the windows: [windows, n], a part for every mask."""
         height, width = self.window_size
         index = torch.arange(x.shape[:3].numel(), device=x.device).view(x.shape[:3])
-        if not shift:
-            index = rearrange(index, "b (r y) (s x) -> (r s b) (y x)", y=height, x=width)
-            return [index]
         index = index.roll((-shift, -shift), (1, 2))
-        index = rearrange(index, "b (r y) (s x) -> r s b (y x)", y=height, x=width)
-        parts = index[:-1, :-1].flatten(0, 1), index[:-1, -1], index[-1, :-1], index[-1:, -1]
-        return [part.flatten(0, 1) for part in parts]
+        index = rearrange(index, "b (r y) (s x) -> b r s (y x)", y=height, x=width)
+        if not shift:
+            return [index.flatten(0, 2)]
+        parts = index[:, :-1, :-1], index[:, :-1, -1:], index[:, -1:, :-1], index[:, -1:, -1:]
+        return [part.flatten(0, 2) for part in parts]
 
     def _biases(self, shift: int) -> list[Tensor]:
         """[heads, n, n] for every part. Pixels that the shift brings together from opposite edges
