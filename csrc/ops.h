@@ -39,18 +39,22 @@ OptionalTensor readable(const OptionalTensor& t, const Tensor& features) {
 // What stands for an output that was not asked for.
 inline Tensor none_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
 
-// What is returned for features [B, C, H, W] or [B, C, N]: in channels-last memory if they lie so
-// and the device's kernels write any layout, else contiguous. functional.py says it, too.
+// New features [B, C, pixels]: in channels-last memory if t lies so and the device's kernels write
+// any layout, else contiguous. functional.py says it, too.
+template <class Device>
+Tensor new_features(const Tensor& t, int64_t pixels) {
+  const int64_t batch = t.size(0), channels = t.size(1);
+  if (!Device::writes_any_layout || t.stride(1) != 1)
+    return torch::stable::new_empty(t, {batch, channels, pixels});
+  return torch::stable::transpose(torch::stable::new_empty(t, {batch, pixels, channels}), 1, 2);
+}
+
+// What is returned for features [B, C, H, W] or [B, C, N].
 template <class Device>
 Tensor laid_out_like(const Tensor& t) {
-  const bool flat = t.dim() == 3;
-  const int64_t pixels = flat ? t.size(2) : t.size(2) * t.size(3);
-  const bool channels_last = Device::writes_any_layout && t.stride(1) == 1;
-  Tensor out = channels_last
-                   ? torch::stable::transpose(
-                         torch::stable::new_empty(t, {t.size(0), pixels, t.size(1)}), 1, 2)
-                   : torch::stable::new_empty(t, {t.size(0), t.size(1), pixels});
-  return flat ? out : torch::stable::view(out, {t.size(0), t.size(1), t.size(2), t.size(3)});
+  if (t.dim() == 3) return new_features<Device>(t, t.size(2));
+  return torch::stable::view(new_features<Device>(t, t.size(2) * t.size(3)),
+                             {t.size(0), t.size(1), t.size(2), t.size(3)});
 }
 
 template <class Device>
@@ -58,11 +62,11 @@ std::tuple<Tensor, Tensor> sample_forward(const Tensor& x, const Tensor& offset_
                                           double factor, const std::string& version) {
   const Tensor offset = readable<Device>(offset_in, x);
   const SampleShape shape = check_sample(x, offset, groups, factor, version);
-  Tensor sampled = torch::stable::new_empty(x, {shape.batch, shape.channels, shape.keys()});
+  Tensor sampled = new_features<Device>(x, shape.keys());
   Tensor pos =
       torch::stable::new_empty(x, {shape.batch, groups, shape.keys(), 2}, accumulation_type(x));
   Device(x).run(
-      SampleForward{shape, map_view(x), offset.data_ptr(), sampled.data_ptr(), pos.data_ptr()});
+      SampleForward{shape, map_view(x), offset.data_ptr(), map_view(sampled), pos.data_ptr()});
   return {sampled, pos};
 }
 
@@ -81,11 +85,10 @@ std::tuple<Tensor, Tensor> sample_backward(const Tensor& grad_sampled,
     check_shape(*grad_pos, "grad_pos", {shape.batch, groups, shape.keys(), 2}, "[B, G, N, 2]");
     check_accumulation(*grad_pos, "grad_pos", x, "x");
   }
-  Tensor grad_x =
-      torch::stable::new_empty(x, {shape.batch, shape.channels, shape.height, shape.width});
+  Tensor grad_x = laid_out_like<Device>(x);
   Tensor grad_offset = torch::stable::new_empty(offset, offset.sizes());
   Device(x).run(SampleBackward{shape, map_view(x), map_view(grad_sampled), offset.data_ptr(),
-                               data_or_null(grad_pos), grad_x.data_ptr(), grad_offset.data_ptr()});
+                               data_or_null(grad_pos), map_view(grad_x), grad_offset.data_ptr()});
   return {grad_x, cast(grad_offset, offset_in.scalar_type())};
 }
 

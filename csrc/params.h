@@ -32,7 +32,7 @@ struct SampleForward {
   SampleShape shape;
   MapView x;           // [B, C, H, W]
   const void* offset;  // [B * G, 2, Hk, Wk]
-  void* sampled;       // [B, C, N]
+  MapView sampled;     // [B, C, N], contiguous unless kernels say that they write any layout
   void* pos;           // [B, G, N, 2]
 };
 
@@ -42,7 +42,7 @@ struct SampleBackward {
   MapView grad_sampled;  // [B, C, N]
   const void* offset;
   const void* grad_pos;  // [B, G, N, 2] or null
-  void* grad_x;          // [B, C, H, W] contiguous
+  MapView grad_x;        // [B, C, H, W], laid out as `sampled` above
   void* grad_offset;     // [B * G, 2, Hk, Wk]
 };
 

@@ -173,6 +173,10 @@ class DAttention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.dim() != 4 or x.shape[1] != self.nc:
             raise ValueError(f"x must have shape [B, {self.nc}, H, W], got {list(x.shape)}")
+        channels_last = is_channels_last(x)
+        if has_cpu_ways(x) and x.shape[2] * x.shape[3] < self.nc:
+            # The projections want it so (project); then samples are read and written so, too.
+            x = x.contiguous(memory_format=torch.channels_last)
         q = project(self.proj_q, x)
         sampled, pos, reference = self._keys(x, q)
         k = project(self.proj_k, sampled)
@@ -192,7 +196,7 @@ class DAttention(nn.Module):
         )
         if self.encoding == "dwc":
             out = out + self.rpe_table(q)
-        return self.proj_drop(project(self.proj_out, out, is_channels_last(x))), pos, reference
+        return self.proj_drop(project(self.proj_out, out, channels_last)), pos, reference
 
     def _keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sampled [B, C, N], pos and reference [B, G, Hk, Wk, 2]."""
@@ -202,10 +206,12 @@ class DAttention(nn.Module):
             # Factor 0 keeps these zeros zero: tanh of a reference point would move it.
             offset = x.new_zeros(batch * self.n_groups, 2, hk, wk)
         else:
-            grouped = q.reshape(-1, self.n_group_channels, height, width)
             if has_cpu_ways(q) and height * width <= 256:
-                # A small map's depthwise backward is faster so (docs/cpu-kernels.md).
-                grouped = grouped.contiguous(memory_format=torch.channels_last)
+                # A small map's depthwise backward is faster channels-last (docs/cpu-kernels.md).
+                grouped = rearrange(q, "b (g c) y x -> b g y x c", g=self.n_groups).contiguous()
+                grouped = grouped.flatten(0, 1).permute(0, 3, 1, 2)
+            else:
+                grouped = q.reshape(-1, self.n_group_channels, height, width)
             offset = self.conv_offset(grouped)
             hk, wk = offset.shape[2:]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

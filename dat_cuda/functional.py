@@ -104,7 +104,8 @@ def deform_sample(
     Returns:
         ``sampled [B, C, N]`` in the dtype of x, N = Hk * Wk, and ``pos [B, G, N, 2]`` in float32
         (float64 when x is float64). Both are differentiable in ``x`` and ``offset``. A NaN position
-        gives NaN features, an infinite one gives zeros.
+        gives NaN features, an infinite one gives zeros. On the CPU ``sampled`` is in channels-last
+        memory if x lies so, else contiguous.
 
     Raises:
         RuntimeError, ValueError: an argument has the wrong shape, dtype or value.
@@ -223,24 +224,29 @@ def _four_dims(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
 # Registration: what a traced graph sees, and the gradients.
 
 
+def _new_features(x: Tensor, pixels: int) -> Tensor:
+    """[B, C, pixels] for x [B, C, ...], as csrc/ops.h lays it out."""
+    if x.device.type != "cpu" or x.stride(1) != 1:
+        return x.new_empty((x.shape[0], x.shape[1], pixels))
+    return x.new_empty((x.shape[0], pixels, x.shape[1])).transpose(1, 2)
+
+
+def _laid_out_like(x: Tensor) -> Tensor:
+    """An output for features [B, C, H, W] or [B, C, N]."""
+    pixels = x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[2]
+    return _new_features(x, pixels).view(x.shape)
+
+
 @torch.library.register_fake("dat_cuda::deform_sample_forward")
 def _(x, offset, groups, offset_range_factor, version):
     keys = offset.shape[2] * offset.shape[3]
     pos = x.new_empty((x.shape[0], groups, keys, 2), dtype=_accumulation_dtype(x))
-    return x.new_empty((x.shape[0], x.shape[1], keys)), pos
+    return _new_features(x, keys), pos
 
 
 @torch.library.register_fake("dat_cuda::deform_sample_backward")
 def _(grad_sampled, grad_pos, x, offset, groups, offset_range_factor, version):
-    return x.new_empty(x.shape), offset.new_empty(offset.shape)
-
-
-def _laid_out_like(x: Tensor) -> Tensor:
-    """An output for features [B, C, H, W] or [B, C, N], as csrc/ops.h lays it out."""
-    if x.device.type != "cpu" or x.stride(1) != 1:
-        return x.new_empty(x.shape)
-    pixels = x.shape[2] * x.shape[3] if x.dim() == 4 else x.shape[2]
-    return x.new_empty((x.shape[0], pixels, x.shape[1])).transpose(1, 2).view(x.shape)
+    return _laid_out_like(x), offset.new_empty(offset.shape)
 
 
 @torch.library.register_fake("dat_cuda::deform_attention_forward")

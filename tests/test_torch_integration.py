@@ -121,7 +121,14 @@ def test_results_lie_as_the_inputs(layout):
     torch.library.opcheck(OPERATORS.deform_attention_forward.default, (*given.values(), *rest))
     out = deform_attention(**given, **case.options)
     grads = torch.autograd.grad(out.sum(), given.values())
-    for t in (out, *grads):
+    sample = sample_case(dtype=torch.float32)
+    x, offset = wanting_gradients(sample.inputs()).values()
+    x = relayout(x, layout)
+    rest = 2, 2.0, "dat++"
+    torch.library.opcheck(OPERATORS.deform_sample_forward.default, (x, offset, *rest))
+    sampled, _ = deform_sample(x, offset, **sample.options)
+    grad_x = torch.autograd.grad(sampled.sum(), x)
+    for t in (out, *grads, sampled, *grad_x):
         assert t.movedim(1, -1).is_contiguous() == (layout == "channels_last")
 
 

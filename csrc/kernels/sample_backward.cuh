@@ -243,7 +243,7 @@ __device__ __forceinline__ void grad_x_block(const SampleBackward& p,
       tiles.grad_step,
       p.grad_sampled.column,
       grad_sampled + b * p.grad_sampled.batch + channel * p.grad_sampled.channel,
-      static_cast<T*>(p.grad_x) + (b * shape.channels + channel) * area + first + pixel};
+      static_cast<T*>(p.grad_x.data) + (b * shape.channels + channel) * area + first + pixel};
 
   const bool owns = row < tiles.rows && pixel < run.count;
   const int per_pass = tiles.rows * kGradChannelsPerThread;

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kSampleThreads, 4)
       int(min(int64_t(tiles.keys), keys - first_key)),
       int(min(int64_t(tiles.channels), tiles.group_channels - first_channel)),
       static_cast<const T*>(p.x.data) + b * p.x.batch + channel * p.x.channel,
-      static_cast<T*>(p.sampled) + (b * p.shape.channels + channel) * keys + first_key, taps};
+      static_cast<T*>(p.sampled.data) + (b * p.shape.channels + channel) * keys + first_key, taps};
 
   if (threadIdx.x < tile.keys) {
     const auto* offset = static_cast<const Offset*>(p.offset);
