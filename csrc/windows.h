@@ -25,69 +25,6 @@ inline cpu::Threads torch_threads() {
           }};
 }
 
-// Columns of a matrix of rows, from `first` on, as the channels of a map.
-inline MapView columns_view(const Tensor& rows, int64_t first) {
-  return {static_cast<char*>(rows.data_ptr()) + first * rows.element_size(), 0, 1, 0, rows.size(1)};
-}
-
-inline void check_rows(const Tensor& rows, const char* name, int64_t count) {
-  check_dims(rows, name, 2, "[windows, pixels]");
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long, name, " must be int64, got ",
-                  dtype_name(rows.scalar_type()));
-  STD_TORCH_CHECK(rows.is_contiguous(), name, " must be contiguous");
-  const auto* row = static_cast<const int64_t*>(rows.data_ptr());
-  int64_t least = 0, most = 0;
-  for (int64_t i = 0; i < rows.numel(); ++i)
-    least = std::min(least, row[i]), most = std::max(most, row[i]);
-  STD_TORCH_CHECK(least >= 0 && (most < count || rows.numel() == 0), name, " must be in [0, ",
-                  count, "), got ", least < 0 ? least : most);
-}
-
-// Checks, and the inputs: the windows as a batch of maps of one row.
-inline AttentionInputs check_windows(const Tensor& qkv, const Tensor& queries, const Tensor& keys,
-                                     const Tensor& bias, const OptionalTensor& seed, int64_t heads,
-                                     double scale, double dropout_p) {
-  const DType dtype = feature_dtype(qkv, "qkv");
-  check_dims(qkv, "qkv", 2, "[rows, 3 C]");
-  const int64_t channels = qkv.size(1) / 3;
-  STD_TORCH_CHECK(qkv.is_contiguous() && qkv.size(1) == 3 * channels,
-                  "qkv must be contiguous and have 3 C columns, got ", shape_string(qkv));
-  check_heads(heads, channels, "qkv");
-  check_rows(queries, "queries", qkv.size(0)), check_rows(keys, "keys", qkv.size(0));
-  check_shape(keys, "keys", {queries.size(0), keys.size(1)}, "[windows, N]");
-  check_size(queries.size(1), "M of queries"), check_size(keys.size(1), "N of keys");
-  check_shape(bias, "bias", {heads, queries.size(1), keys.size(1)}, "[heads, M, N]");
-  check_same_kind(bias, "bias", qkv, "qkv");
-  AttentionInputs in{};
-  in.shape = {queries.size(0),
-              heads,
-              1,
-              1,
-              queries.size(1),
-              keys.size(1),
-              channels / heads,
-              0,
-              0,
-              scale,
-              dropout_p,
-              Version::datpp,
-              dtype};
-  in.windows = {static_cast<const int64_t*>(queries.data_ptr()),
-                static_cast<const int64_t*>(keys.data_ptr())};
-  in.bias = {bias.data_ptr(), 0, bias.stride(0), bias.stride(1), bias.stride(2)};
-  in.seed = check_dropout(dropout_p, seed, qkv, "qkv");
-  in.q = columns_view(qkv, 0), in.k = columns_view(qkv, channels);
-  in.v = columns_view(qkv, 2 * channels);
-  return in;
-}
-
-inline MapView check_result(const Tensor& t, const char* name, const Tensor& qkv, int64_t columns) {
-  check_shape(t, name, {qkv.size(0), columns}, "[rows, columns]");
-  check_same_kind(t, name, qkv, "qkv");
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-  return columns_view(t, 0);
-}
-
 // Writes the windows' rows of out; returns lse [W, heads, M].
 inline Tensor window_attention_forward(const Tensor& qkv, const Tensor& queries, const Tensor& keys,
                                        const Tensor& bias, const OptionalTensor& seed,
