@@ -189,6 +189,25 @@ def test_scores_beyond_the_exponential(backend, size):
         assert_close(out, want, 1e-10)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize(
+    ("masked", "others"),
+    ((-1e9, 0), (-1e4, 0), (-1e4, -1e4), (-INF, -120), (-INF, -18), (-20, -18), (-90, -70)),
+)
+def test_first_keys_masked(backend, dtype, masked, others):
+    """What the first tiles of keys say of the maximum must not cost the later ones digits."""
+    given = {name: t.to(dtype) for name, t in attention_inputs(keys=70).items()}
+    given["pos"] = given["pos"].float()
+    bias = torch.full((70,), float(others)).to(dtype)
+    bias[:40] = masked
+    out = dat_cuda.deform_attention(**given, bias=bias, heads=4)
+    exact = {name: t.double() for name, t in given.items()}
+    want = reference.deform_attention(**exact, bias=bias.double(), heads=4)
+    same = reference.deform_attention(**given, bias=bias, heads=4)
+    rounding = (same.double() - want).abs().max().item()
+    assert_close(out, want, 2 * rounding + (2e-5 if dtype == torch.float32 else 5e-3))
+
+
 def test_empty_batch(backend):
     given = {name: tensor[:0] for name, tensor in attention_inputs().items()}
     given["rpe_table"] = torch.randn(4, 5, 7)

@@ -13,8 +13,8 @@ inline Plan plan_backward_queries(const AttentionProblem& problem, const Attenti
                                   const Choice& choice) {
   const AttentionShape& shape = problem.in.shape;
   Plan plan{};
-  plan_axes(plan, shape);
-  plan_tiles(plan, problem, choice.units, choice.tiles, shape.batch * shape.heads);
+  plan_scores(plan, shape);
+  plan_tiles(plan, problem, choice.units, choice.tiles, shape.batch * shape.heads, {1, 0});
   plan_keys(plan, problem, 16, choice.keys);
   plan.buffers = shape.keys > plan.key_stage ? choice.buffers : 1;
   plan.q_vec = problem.vector_of(problem.in.q, shape.width);
@@ -28,7 +28,7 @@ inline Plan plan_backward_queries(const AttentionProblem& problem, const Attenti
   plan.at_v = layout.take(problem.keys_bytes(plan) * plan.buffers);
   const int area = plan.rows * plan.columns;
   plan.at_rows = layout.take(area * problem.acc_bytes());
-  plan_window(plan, problem, layout);
+  plan_window(plan, problem, layout, Pitch::fixed, false);
   if (!problem.tensor_cores)
     plan.at_scratch = layout.take(area / kWarp * 16 * kWarp * problem.shared_bytes());
   plan.shared = layout.total();
@@ -39,13 +39,15 @@ inline Plan plan_backward_keys(const AttentionProblem& problem, const AttentionB
                                bool deterministic, const Choice& choice) {
   const AttentionShape& shape = problem.in.shape;
   Plan plan{};
-  plan_axes(plan, shape);
+  plan_scores(plan, shape);
   plan_keys(plan, problem, kKeysOfWarp, choice.keys);
   plan.buffers = 1;
   plan_tiles(plan, problem, choice.units, choice.tiles,
-             shape.batch * shape.heads * divide_up<int64_t>(shape.keys, plan.key_stage));
+             shape.batch * shape.heads * divide_up<int64_t>(shape.keys, plan.key_stage), {2.5, 2});
   plan.q_vec = problem.vector_of(problem.in.q, shape.width);
   plan.grad_out_vec = problem.vector_of(p.grad_out, shape.width);
+  plan.read_out_vec = problem.vector_of(p.out, shape.width);
+  plan.out_vec = problem.vector_of({nullptr, 0, shape.width, shape.width, 1}, shape.width);
 
   SharedLayout layout;
   plan.at_q = layout.take(problem.tile_bytes(plan));
@@ -53,10 +55,13 @@ inline Plan plan_backward_keys(const AttentionProblem& problem, const AttentionB
   plan.at_k = layout.take(problem.keys_bytes(plan));
   plan.at_v = layout.take(problem.keys_bytes(plan));
   plan.at_rows = layout.take(2 * plan.rows * plan.columns * problem.acc_bytes());
-  plan_window(plan, problem, layout);
-  if (problem.bias != Bias::direct && !deterministic)
-    plan.at_grad_window =
-        layout.take(size_t(plan.window_rows) * window_pitch(problem.bias) * problem.acc_bytes());
+  plan_window(plan, problem, layout, Pitch::least, !deterministic);
+  plan.whole = gives_grad_q(problem.tensor_cores, problem.channels) &&
+               shape.keys <= plan.key_stage && !problem.in.bias.data;
+  if (plan.whole)
+    plan.at_grads =
+        layout.take(std::max(problem.tile_bytes(plan),
+                             size_t(plan.key_stage) * plan.query_pitch * problem.shared_bytes()));
   if (!problem.tensor_cores)
     plan.at_scratch = layout.take(kKeyWarps * 16 * kWarp * problem.shared_bytes());
   // The sums take the place of the tiles in the end.
@@ -85,7 +90,7 @@ struct BackwardLayout {
       return at;
     };
     const int64_t heads = shape.batch * shape.heads;
-    scratch.delta = take(heads * shape.queries());
+    if (!plan.whole) scratch.delta = take(heads * shape.queries());
     if (plan.splits > 1) {
       scratch.grad_k = take(plan.splits * heads * shape.head_dim * shape.keys);
       scratch.grad_v = take(plan.splits * heads * shape.head_dim * shape.keys);
@@ -111,7 +116,8 @@ struct Backward {
   void with_plan(const F& run) const {
     with_engine<T>(p.in.shape, device, [&](auto tag) {
       using E = typename decltype(tag)::type;
-      AttentionProblem problem{p.in, E::kTensorCores, E::kChannels, wanted_bias(p.in)};
+      AttentionProblem problem{p.in, E::kTensorCores, E::kChannels, wanted_bias(p.in),
+                               device.multiprocessors};
       const Plan plan = best_plan(problem, device, "attention_backward", [&](const Choice& choice) {
         return plan_backward_keys(problem, p, deterministic, choice);
       });
@@ -141,23 +147,31 @@ struct Backward {
       else if (p.in.table)
         clear(p.grad_table, shape.heads * shape.table_h * shape.table_w * problem.acc_bytes());
 
-      AttentionProblem queries = problem;
-      queries.bias = wanted_bias(p.in);
-      const Plan over = best_plan(queries, device, "attention_backward", [&](const Choice& choice) {
-        return plan_backward_queries(queries, p, choice);
-      });
-      with_bias(queries.bias, [&](auto bias) {
-        launch("attention_backward_queries",
-               attention_backward_queries_kernel<typename E::Short, decltype(bias)::value>,
-               over.splits * shape.heads * shape.batch, over.rows * over.columns, over.shared,
-               stream, p, over, layout.scratch);
-      });
-      with_bias(problem.bias, [&](auto bias) {
+      if (!plan.whole) over_queries(tag, problem, layout, stream);
+      with_bias<T>(problem.bias, [&](auto bias) {
         launch("attention_backward_keys", attention_backward_keys_kernel<E, decltype(bias)::value>,
                key_blocks(shape, plan), kKeyWarps * kWarp, plan.shared, stream, p, plan,
                layout.scratch);
       });
       finish(layout, plan, stream);
+    });
+  }
+
+  // The pass over queries, where the one over keys does not do its work as well.
+  template <class Tag>
+  void over_queries(Tag, AttentionProblem problem, const BackwardLayout& layout,
+                    Stream stream) const {
+    using E = typename Tag::type::Short;
+    const AttentionShape& shape = p.in.shape;
+    problem.bias = wanted_bias(p.in);
+    const Plan plan = best_plan(problem, device, "attention_backward", [&](const Choice& choice) {
+      return plan_backward_queries(problem, p, choice);
+    });
+    with_bias<T>(problem.bias, [&](auto bias) {
+      launch("attention_backward_queries",
+             attention_backward_queries_kernel<E, decltype(bias)::value>,
+             plan.splits * shape.heads * shape.batch, plan.rows * plan.columns, plan.shared, stream,
+             p, plan, layout.scratch);
     });
   }
 
@@ -172,7 +186,7 @@ struct Backward {
     jobs.job[3] = {s.grad_table, p.grad_table, shape.heads * shape.table_h * shape.table_w,
                    int(layout.tables * shape.batch), false};
     int64_t size = 0;
-    for (const SumJob& job : jobs.job) size += job.parts ? job.size : 0;
+    for (const SumJob& job : jobs.job) size += job.parts ? job.threads() : 0;
     launch("attention_backward_finish", attention_backward_finish_kernel<T>,
            divide_up<int64_t>(size, 256), 256, 0, stream, jobs);
   }

@@ -5,17 +5,18 @@
 
 #include "../kernels/mma.cuh"
 #include "../kernels/simt.cuh"
-#include "../kernels/table.cuh"
+#include "../kernels/window.cuh"
 #include "launch.cuh"
 
 namespace dat::cuda {
 
 // What this device allows.
 struct Device {
-  int major, shared_per_block, shared_per_sm;
+  int major, multiprocessors, shared_per_block, shared_per_sm;
 
   static Device current() {
     return {device_attribute(cudaDevAttrComputeCapabilityMajor),
+            device_attribute(cudaDevAttrMultiProcessorCount),
             device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
             device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
   }
@@ -38,6 +39,7 @@ struct AttentionProblem {
   bool tensor_cores;
   int channels;  // head_dim, padded
   Bias bias;
+  int multiprocessors;
 
   size_t shared_bytes() const {  // of a value in shared memory
     return in.shape.dtype == DType::f64 ? 8 : tensor_cores ? 2 : 4;
@@ -63,7 +65,10 @@ inline int padded_channels(int64_t head_dim) {
                     std::to_string(head_dim) + "; use dat_cuda.backend('reference')");
 }
 
-inline void plan_axes(Plan& plan, const AttentionShape& shape) {
+// How scores come about.
+inline void plan_scores(Plan& plan, const AttentionShape& shape) {
+  plan.factor = shape.scale * kLog2e;
+  plan.narrow_factor = float(plan.factor);
   if (!shape.table_h) return;
   plan.y = table_axis<double>(shape.table_h, shape.height, shape.version);
   plan.x = table_axis<double>(shape.table_w, shape.width, shape.version);
@@ -73,34 +78,62 @@ inline void plan_axes(Plan& plan, const AttentionShape& shape) {
 
 inline Bias wanted_bias(const AttentionInputs& in) {
   Plan plan{};
-  plan_axes(plan, in.shape);
+  plan_scores(plan, in.shape);
   if (!in.table || in.bias.data || plan.y.slope > 1) return Bias::direct;
   if (plan.y.slope == 1 && plan.x.slope == 1) return Bias::unit;
-  return plan.y.slope <= 1. / 3 ? Bias::shallow : Bias::slope;
+  if (plan.y.slope > 1. / 3) return Bias::slope;
+  return in.shape.dtype == DType::f64 ? Bias::direct : Bias::shallow;
 }
 
-// Blocks, for every multiprocessor several, below which tiles are not put into one block.
-constexpr int64_t kEnoughBlocks = 264;
+// What a block costs beside its units, in units: its own start, and the sums of what it shares with
+// others of a split.
+struct BlockCosts {
+  double start, share;
+};
 
-// Cuts the map into tiles of at most `units` units, as equal as can be, and gives a block at most
-// `tiles` of them: `blocks_per_split` blocks share a split, over (image, head) and maybe keys.
+// A way to cut the map: into tiles of so many units, `tiles` of them a block.
+struct Cut {
+  int tall, wide, tiles;
+
+  void apply(Plan& plan, int strips, int bands) const {
+    plan.across = divide_up(strips, wide);
+    plan.down = divide_up(bands, tall);
+    plan.rows = tall * kUnitRows;
+    plan.columns = wide * kUnitColumns;
+    plan.tiles_down = std::min(tiles, plan.down);
+    plan.splits = plan.across * divide_up(plan.down, plan.tiles_down);
+  }
+};
+
+// Takes the cut into tiles of at most `units` units, at most `tiles` a block, that keeps the
+// multiprocessors busy the shortest: `blocks_per_split` blocks share a split, over (image, head)
+// and maybe keys.
 inline void plan_tiles(Plan& plan, const AttentionProblem& problem, int units, int tiles,
-                       int64_t blocks_per_split) {
+                       int64_t blocks_per_split, BlockCosts costs) {
   const AttentionShape& shape = problem.in.shape;
   const int strips = int(divide_up<int64_t>(shape.width, kUnitColumns));
   const int bands = int(divide_up<int64_t>(shape.height, kUnitRows));
-  plan.across = divide_up(strips, units);
-  const int wide = divide_up(strips, plan.across);
-  plan.down = divide_up(bands, units / wide);
-  plan.columns = wide * kUnitColumns;
-  plan.rows = divide_up(bands, plan.down) * kUnitRows;
+  double least = INFINITY;
+  Cut best{};
+  for (int most = 1; most <= std::min(units, strips); ++most) {
+    const int wide = divide_up(strips, divide_up(strips, most));
+    const int tall = divide_up(bands, divide_up(bands, units / wide));
+    for (int t = tiles; t; t /= 2) {
+      const Cut cut{tall, wide, t};
+      cut.apply(plan, strips, bands);
+      double block = plan.tiles_down * tall * wide + costs.start;
+      if (plan.splits > 1) block += costs.share;
+      // 32 cells of the window take as many instructions as six keys' scores of a unit.
+      if (problem.bias != Bias::direct)
+        block += window_cells(plan.y, plan.rows * plan.tiles_down) *
+                 divide_up(window_cells(plan.x, plan.columns), kWarp) / (6. * shape.keys);
+      const double blocks = plan.splits * std::max(1., double(blocks_per_split));
+      const double time = block * blocks / std::min<double>(blocks, problem.multiprocessors);
+      if (time < least) least = time, best = cut;
+    }
+  }
+  best.apply(plan, strips, bands);
   plan.query_pitch = (problem.tensor_cores ? kMaxUnits * kWarp : plan.rows * plan.columns) + 8;
-  plan.tiles_down = std::min(tiles, plan.down);
-  do {
-    plan.splits = plan.across * divide_up(plan.down, plan.tiles_down);
-    if (plan.splits * blocks_per_split >= kEnoughBlocks || plan.tiles_down == 1) break;
-    plan.tiles_down = divide_up(plan.tiles_down, 2);
-  } while (true);
 }
 
 // Hands out shared memory.
@@ -123,15 +156,28 @@ inline void plan_keys(Plan& plan, const AttentionProblem& problem, int least, in
   plan.v_vec = problem.vector_of(problem.in.v, problem.in.shape.keys);
 }
 
-inline void plan_window(Plan& plan, const AttentionProblem& problem, SharedLayout& layout) {
+inline size_t round_up(size_t bytes, size_t to) { return divide_up(bytes, to) * to; }
+
+// kind: see window.cuh. Gradients: a second window for them.
+inline void plan_window(Plan& plan, const AttentionProblem& problem, SharedLayout& layout,
+                        Pitch kind, bool gradients) {
   if (problem.bias == Bias::direct) return;
+  const bool pairs = problem.bias != Bias::unit;
   plan.window_rows = window_cells(plan.y, plan.rows * plan.tiles_down);
   plan.window_columns = window_cells(plan.x, plan.columns);
-  const int pitch = window_pitch(problem.bias);
-  if (plan.window_columns > pitch) layout.take(size_t(1) << 30);  // fits nowhere
-  const size_t cells = size_t(plan.window_rows) * pitch;
-  plan.at_window = layout.take(cells * (problem.bias == Bias::unit ? 1 : 2) * problem.acc_bytes());
-  plan.at_keys = layout.take(plan.key_stage * (2 * problem.acc_bytes() + sizeof(int)));
+  plan.window_pitch =
+      kind == Pitch::fixed ? window_pitch(problem.bias) : plan.window_columns + pairs;
+  // Where keys are near each other, rows that start in far banks keep them apart.
+  if (kind == Pitch::least && plan.window_pitch < 64)
+    plan.window_pitch += (8 - plan.window_pitch % 32 + 32) % 32;
+  if (plan.window_columns + pairs > plan.window_pitch) layout.take(size_t(1) << 30);  // never fits
+  const size_t cells = size_t(plan.window_rows) * plan.window_pitch, bytes = problem.acc_bytes();
+  plan.at_window =
+      pairs ? layout.take((cells + TableWindow<float, Bias::slope, Pitch::fixed>::kBefore) * 2 *
+                          bytes)
+            : layout.take(cells * bytes);
+  if (gradients) plan.at_grad_window = layout.take(round_up(cells, 4) * bytes);
+  plan.at_keys = layout.take(plan.key_stage * 4 * bytes);
 }
 
 // What a plan is made of; the order in best_plan is that of preference.
@@ -173,7 +219,9 @@ struct EngineTag {
 template <template <class, int> class Engine, class T, class F>
 void with_channels(int channels, const F& run) {
   switch (channels) {
-    case 16: return run(EngineTag<Engine<T, 16>>());
+    case 16:  // float64 is there to check gradients: fewer kernels, which take long to compile
+      if constexpr (sizeof(T) < 8) return run(EngineTag<Engine<T, 16>>());
+      [[fallthrough]];
     case 32: return run(EngineTag<Engine<T, 32>>());
     case 64: return run(EngineTag<Engine<T, 64>>());
     default: return run(EngineTag<Engine<T, 128>>());
@@ -188,14 +236,15 @@ void with_engine(const AttentionShape& shape, const Device& device, const F& run
   with_channels<Simt, T>(channels, run);
 }
 
-// Calls run with the bias as a compile-time constant.
-template <class F>
+// Calls run with the bias as a compile-time constant. float64 has no shallow one (wanted_bias).
+template <class T, class F>
 void with_bias(Bias bias, const F& run) {
   switch (bias) {
     case Bias::direct: return run(std::integral_constant<Bias, Bias::direct>());
     case Bias::unit: return run(std::integral_constant<Bias, Bias::unit>());
     case Bias::slope: return run(std::integral_constant<Bias, Bias::slope>());
-    case Bias::shallow: return run(std::integral_constant<Bias, Bias::shallow>());
+    case Bias::shallow:
+      if constexpr (sizeof(T) < 8) return run(std::integral_constant<Bias, Bias::shallow>());
   }
 }
 

@@ -1,17 +1,20 @@
-// deform_attention, backward over keys: grad_k, grad_v, grad_pos and grad_rpe_table.
+// deform_attention, backward over keys: grad_k, grad_v, grad_pos and grad_rpe_table; and grad_q
+// where a block has all keys (plan.whole), which makes the pass over queries unnecessary.
 //
 // A block owns up to 64 keys of one (image, head) and a column of query tiles of the map; it walks
 // down the tiles. Four warps: each takes 16 of the keys, and warps of the same keys take turns at
 // the units of a tile. Scores are computed transposed, so that weights and score gradients are in
-// registers what their products with grad_out and q want; a lane sums for two keys.
+// registers what their products with grad_out and q want; a lane sums for two keys. For grad_q, the
+// score gradients of a tile meet in shared memory, and each warp multiplies those of whole units
+// with k.
 //
 // The table's gradient is collected in a window in shared memory with atomic additions, and added
 // to global memory once a block. Deterministic: lane after lane, warp after warp adds to a table in
 // global memory that the block has for itself. attention_backward_finish.cuh sums what several
 // blocks have of the same key or table.
 //
-// Barriers: two a tile, before and after its use; one for each turn at the table where
-// deterministic; one a turn when the warps' sums are combined.
+// Barriers: two a tile, before and after its use, and three more for grad_q; one for each turn at
+// the table where deterministic; one a turn when the warps' sums are combined.
 #pragma once
 
 #include "key_unit.cuh"
@@ -26,28 +29,33 @@ __device__ void combine_and_store(Sums& sums, typename E::Acc scale, typename E:
                                   const Plan& plan, const KeyPlace& place, int groups, int part,
                                   int key) {
   using A = typename E::Acc;
-  const int parts = kKeyWarps / groups;
-  for (int turn = 0; turn < parts; ++turn) {
+  A* own = shared + key;
+  const int pitch = E::key_pitch(plan);
+  for (int turn = 0; turn < kKeyWarps / groups; ++turn) {
     __syncthreads();
-    if (part == turn)
-      sums.each([&](int n, int c, A value) {
-        A& to = shared[c * E::key_pitch(plan) + key + n];
-        to = turn ? to + value : value;
-      });
+    if (part != turn) continue;
+    if (turn == 0)
+      sums.each([&](int n, int c, A value) { own[c * pitch + n] = value; });
+    else
+      sums.each([&](int n, int c, A value) { own[c * pitch + n] += value; });
   }
   __syncthreads();
   const int count = min(plan.key_stage, int(shape.keys) - place.first_key);
   const int64_t base = place.at.batch_head * shape.head_dim * shape.keys + place.first_key;
   const int64_t all = shape.batch * shape.heads * shape.head_dim * shape.keys;
-  for (int c = threadIdx.x / kWarp; c < shape.head_dim; c += kKeyWarps)
-    for (int n = threadIdx.x % kWarp; n < count; n += kWarp) {
-      const A value = shared[c * E::key_pitch(plan) + n] * scale;
-      const int64_t at = base + c * shape.keys + n;
-      if (partial)
-        static_cast<A*>(partial)[place.split * all + at] = value;
-      else
-        static_cast<typename E::Storage*>(result)[at] = from_acc<typename E::Storage>(value);
-    }
+  const auto store = [&](auto* to) {
+    using To = std::remove_pointer_t<decltype(to)>;
+    for (int n = threadIdx.x % kWarp; n < count; n += kWarp)
+      each_channel<E::kChannels>(to + n, shape.keys, threadIdx.x / kWarp, kKeyWarps,
+                                 int(shape.head_dim), [&](int c, int i, To* at, bool exists) {
+                                   const A* from = shared + c * pitch + i * pitch + n;
+                                   if (exists) *at = from_acc<To>(*from * scale);
+                                 });
+  };
+  if (partial)
+    store(static_cast<A*>(partial) + place.split * all + base);
+  else
+    store(static_cast<typename E::Storage*>(result) + base);
   __syncthreads();
 }
 
@@ -77,6 +85,57 @@ __device__ void store_grad_pos(typename E::Acc (&slopes)[2][2], typename E::Acc*
     to[i] = shared[i] * -(i % 2 ? plan.axis_x<A>() : plan.axis_y<A>()).quarter;
 }
 
+// What plan.whole adds to the walk: delta of a tile's queries, which takes the place of the pass
+// over queries, and grad_q.
+template <class E>
+struct WholeTile {
+  using T = typename E::Storage;
+  const AttentionBackward& p;
+  const Plan& plan;
+  const BlockPlace& at;
+  T *q, *grad_out, *grads;  // grads: out at first, then scores' gradients [key][query]
+
+  // f(unit of the tile) for those that are on the map, a warp each.
+  template <class F>
+  __device__ void each_unit(TileOrigin origin, const F& f) const {
+    const int units = plan.rows / kUnitRows * (plan.columns / kUnitColumns);
+    for (int i = threadIdx.x / kWarp; i < units; i += kKeyWarps) {
+      const UnitPlace unit(plan, i);
+      if (origin.row + unit.row < p.in.shape.height &&
+          origin.column + unit.column < p.in.shape.width)
+        f(i * kWarp);
+    }
+  }
+
+  // The block meets in here.
+  __device__ void make_delta(float* delta, TileOrigin origin) const {
+    each_unit(origin, [&](int slot) {
+      E::inner_products(
+          grad_out + slot, grads + slot, E::query_pitch(plan),
+          [&](int row, int column, float sum) { delta[slot + row * kUnitColumns + column] = sum; });
+    });
+    __syncthreads();
+  }
+
+  // From the score gradients of all keys. q's memory is free, and holds grad_q in the end.
+  __device__ void make_grad_q(const T* k, TileOrigin origin) const {
+    __syncthreads();
+    each_unit(origin, [&](int slot) {
+      typename E::Sums sums;
+      sums.clear();
+      sums.add_stored(grads + slot, E::query_pitch(plan), k, E::key_pitch(plan), plan.key_stage);
+      const float scale = float(p.in.shape.scale);
+      const float factor[kUnitRows] = {scale, scale, scale, scale};
+      sums.scale(factor);
+      sums.store(q + slot, E::query_pitch(plan));
+    });
+    __syncthreads();
+    const AttentionShape& shape = p.in.shape;
+    T* to = static_cast<T*>(p.grad_q.data) + at.batch_head * shape.head_dim * shape.queries();
+    store_queries<E>(to, q, shape, plan, origin, plan.out_vec);
+  }
+};
+
 template <class E, Bias kBias>
 __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
     attention_backward_keys_kernel(const __grid_constant__ AttentionBackward p,
@@ -99,12 +158,11 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
     S* grad_out = reinterpret_cast<S*>(shared + plan.at_grad_out);
     S* k = reinterpret_cast<S*>(shared + plan.at_k);
     S* v = reinterpret_cast<S*>(shared + plan.at_v);
+    S* grads = reinterpret_cast<S*>(shared + plan.at_grads);
     S* exchange = reinterpret_cast<S*>(shared + plan.at_scratch) + warp * E::kScratch;
     const RowStatistics<A> rows(shared + plan.at_rows, plan);
-    load_keys<E>(k, head_data<T>(in.k, shape, at), in.k, shape, plan, place.first_key, plan.k_vec);
-    load_keys<E>(v, head_data<T>(in.v, shape, at), in.v, shape, plan, place.first_key, plan.v_vec);
-    commit_copies();
-    Scorer<E, kBias> scorer(in, plan, at, shared);
+    load_keys_and_values<E>(k, v, in, plan, at, place.first_key);
+    Scorer<E, kBias, Pitch::least> scorer(in, plan, at, shared);
     scorer.load();
     const TableGradient<E, kBias> table(p, plan, scratch, place, shared);
     table.clear();
@@ -119,13 +177,13 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
     for (int tile = 0; tile < plan.tiles_down; ++tile) {
       const TileOrigin origin = {at.origin.row + tile * plan.rows, at.origin.column};
       if (origin.row >= shape.height) break;
-      load_queries<E>(q, head_data<T>(in.q, shape, at), in.q, shape, plan, origin, plan.q_vec);
-      load_queries<E>(grad_out, head_data<T>(p.grad_out, shape, at), p.grad_out, shape, plan,
-                      origin, plan.grad_out_vec);
-      commit_copies();
-      rows.load(p, scratch.delta, plan, at, origin);
+      load_query_tiles<E>(q, grad_out, plan.whole ? grads : nullptr, p, plan, at, origin);
+      rows.load(p, plan.whole ? nullptr : scratch.delta, plan, at, origin);
       wait_for_copies<0>();
       __syncthreads();
+      if constexpr (gives_grad_q(E::kTensorCores, E::kChannels))
+        if (plan.whole)
+          WholeTile<E>{p, plan, at, q, grad_out, grads}.make_delta(rows.delta, origin);
       for (int first = 0; first < units; first += parts) {
         const UnitPlace unit(plan, first + part);
         const bool active = part < parts && first + part < units &&
@@ -134,31 +192,27 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
         const KeyUnit<E, kBias> of{scorer, place, key, tile * plan.rows + unit.row, unit.column};
         A grad[kUnitRows][2][2];
         if (active) {
-          const int slot = unit.row * plan.columns + unit.column;
+          const int slot = (first + part) * kWarp;
           A s[kUnitRows][2][2];
-          E::scores(s, keys_k, q + slot, E::query_pitch(plan), plan.columns);
-          of.weigh(s, rows.lse + slot, plan.columns);
-          E::scores(grad, keys_v, grad_out + slot, E::query_pitch(plan), plan.columns);
-          unsigned kept = ~0u;
-          A scale = 1;
-          if (shape.dropout_p > 0) {
-            const Dropper dropper(in, at.batch_head);
-            kept = of.kept(dropper), scale = A(dropper.rule.scale);
-          }
-#pragma unroll
-          for (int i = 0; i < kUnitRows * 4; ++i) {
-            A &weight = (&s[0][0][0])[i], &value = (&grad[0][0][0])[i];
-            const A delta = rows.delta[slot + i / 4 * plan.columns + 2 * E::t() + i % 2];
-            const A factor = kept >> i & 1 ? scale : A(0);
-            value = softmax_vjp(weight, value * factor, delta);
-            weight *= factor;
-          }
-          grad_v.add(s, grad_out + slot, E::query_pitch(plan), plan.columns, exchange);
-          grad_k.add(grad, q + slot, E::query_pitch(plan), plan.columns, exchange);
-          if (in.table && !table.ordered) table.add(slopes, of, grad);
+          E::scores(s, keys_k, q + slot, E::query_pitch(plan));
+          E::scores(grad, keys_v, grad_out + slot, E::query_pitch(plan));
+          const auto add_near = [&](int n, const auto& taps, const auto& scores) {
+            if constexpr (kBias != Bias::direct)
+              if (!table.ordered) table.add_near(slopes[n], of, scores, n, taps);
+          };
+          of.weigh(s, grad, rows, slot, add_near);
+          grad_v.add(s, grad_out + slot, E::query_pitch(plan), exchange);
+          grad_k.add(grad, q + slot, E::query_pitch(plan), exchange);
+          if constexpr (gives_grad_q(E::kTensorCores, E::kChannels))
+            if (plan.whole)
+              E::store_scores(grads + key * E::query_pitch(plan) + slot, grad,
+                              E::query_pitch(plan));
+          if (in.table && !table.ordered) table.add_far(slopes, of, grad);
         }
         if (in.table && table.ordered) table.add_in_turn(slopes, of, grad, active);
       }
+      if constexpr (gives_grad_q(E::kTensorCores, E::kChannels))
+        if (plan.whole) WholeTile<E>{p, plan, at, q, grad_out, grads}.make_grad_q(k, origin);
       __syncthreads();
     }
     if (in.table) table.flush();

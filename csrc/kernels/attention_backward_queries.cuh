@@ -23,7 +23,7 @@ __device__ void row_sums(typename E::Acc* rows, typename E::Acc* delta,
   using A = typename E::Acc;
   const AttentionShape& shape = p.in.shape;
   const int slot = threadIdx.x;
-  const int row = origin.row + slot / plan.columns, column = origin.column + slot % plan.columns;
+  const auto [row, column] = place_of(plan, origin, slot);
   A sum = 0;
   if (row < shape.height && column < shape.width) {
     const auto* out =
@@ -84,18 +84,15 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
     S* grad_out = reinterpret_cast<S*>(shared + plan.at_grad_out);
     A* rows = reinterpret_cast<A*>(shared + plan.at_rows);
     S* exchange = reinterpret_cast<S*>(shared + plan.at_scratch) + warp * E::kScratch;
-    const int slot = unit.row * plan.columns + unit.column;
+    const int slot = warp * kWarp;
     KeyStages<E> stages(in, plan, at, shared);
     Scorer<E, kBias> scorer(in, plan, at, shared);
-    stages.load(0);
+    stages.load(0, 0);
     scorer.load();
     for (int tile = 0; tile < plan.tiles_down; ++tile) {
       const TileOrigin origin = {at.origin.row + tile * plan.rows, at.origin.column};
       if (origin.row >= shape.height) break;
-      load_queries<E>(q, head_data<T>(in.q, shape, at), in.q, shape, plan, origin, plan.q_vec);
-      load_queries<E>(grad_out, head_data<T>(p.grad_out, shape, at), p.grad_out, shape, plan,
-                      origin, plan.grad_out_vec);
-      commit_copies();
+      load_query_tiles<E>(q, grad_out, nullptr, p, plan, at, origin);
       wait_for_copies<0>();
       __syncthreads();
       row_sums<E>(rows, static_cast<A*>(scratch.delta), grad_out, p, plan, at, origin);
@@ -103,31 +100,31 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
       const int row = origin.row + unit.row, column = origin.column + unit.column + E::g();
       const bool active = row < shape.height && column - E::g() < shape.width;
       const UnitPlace in_block(tile * plan.rows + unit.row, unit.column);
-      A lse[kUnitRows];
+      A shift[kUnitRows];  // minus the log-sum-exp, as an exponent of 2
 #pragma unroll
       for (int r = 0; r < kUnitRows; ++r) {
         const int64_t i = at.batch_head * shape.queries() + (row + r) * shape.width + column;
         const bool inside = row + r < shape.height && column < shape.width;
-        lse[r] = inside ? static_cast<const A*>(p.lse)[i] : A(0);
+        shift[r] = inside ? static_cast<const A*>(p.lse)[i] * A(-kLog2e) : A(0);
       }
       typename E::Sums sums;
       sums.clear();
       stages.walk(scorer, tile, [&](const S* k, const S* v, int first, int count) {
         for (int chunk = 0; chunk < count && active; chunk += 8 * E::kTiles) {
-          const int tiles = min(divide_up(count - chunk, 8), E::kTiles);
+          const int tiles = min(int(unsigned(count - chunk + 7) / 8), E::kTiles);
           A s[kUnitRows][E::kTiles][2], grad[kUnitRows][E::kTiles][2];
-          E::scores(s, typename E::Queries(q + slot, E::query_pitch(plan), plan.columns), k + chunk,
+          E::scores(s, typename E::Queries(q + slot, E::query_pitch(plan)), k + chunk,
                     E::key_pitch(plan), tiles);
-          score_tiles<E, kBias>(s, scorer, in_block, first, chunk, tiles);
-          E::scores(grad, typename E::Queries(grad_out + slot, E::query_pitch(plan), plan.columns),
-                    v + chunk, E::key_pitch(plan), tiles);
+          exponents<E, kBias>(s, shift, scorer, in_block, first, chunk, tiles);
+          E::scores(grad, typename E::Queries(grad_out + slot, E::query_pitch(plan)), v + chunk,
+                    E::key_pitch(plan), tiles);
           if (shape.dropout_p > 0) drop_weights<E>(grad, in, at, in_block, first + chunk);
 #pragma unroll
           for (int r = 0; r < kUnitRows; ++r) {
-            const A delta = rows[slot + r * plan.columns + E::g()];
+            const A delta = rows[slot + r * kUnitColumns + E::g()];
 #pragma unroll
             for (int i = 0; i < E::kTiles * 2; ++i) {
-              const A weight = weight_of<E>(s[r][i / 2][i % 2], lse[r]);
+              const A weight = fast_exp2(s[r][i / 2][i % 2]);
               A& value = grad[r][i / 2][i % 2];
               value = i / 2 < tiles ? softmax_vjp(weight, value, delta) : A(0);
             }
@@ -140,7 +137,7 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
       const A scale = A(shape.scale);
       const A factor[kUnitRows] = {scale, scale, scale, scale};
       sums.scale(factor);
-      sums.store(q + slot, E::query_pitch(plan), plan.columns);
+      sums.store(q + slot, E::query_pitch(plan));
       __syncthreads();
       T* grad_q = static_cast<T*>(p.grad_q.data) + at.batch_head * shape.head_dim * shape.queries();
       store_queries<E>(grad_q, q, shape, plan, origin, plan.out_vec);

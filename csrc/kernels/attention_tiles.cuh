@@ -7,6 +7,7 @@
 #include "simt.cuh"
 #include "stage.cuh"
 #include "table.cuh"
+#include "window.cuh"
 
 namespace dat::cuda {
 
@@ -42,11 +43,43 @@ __device__ const T* head_data(const MapView& view, const AttentionShape& shape,
          at.head * shape.head_dim * view.channel;
 }
 
+// Asynchronous. A loop, so that the code for all kinds of copies is there once.
+template <class E>
+__device__ void load_keys_and_values(typename E::Shared* k, typename E::Shared* v,
+                                     const AttentionInputs& in, const Plan& plan,
+                                     const BlockPlace& at, int first) {
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    const MapView view = i ? in.v : in.k;
+    load_keys<E>(i ? v : k, head_data<typename E::Storage>(view, in.shape, at), view, in.shape,
+                 plan, first, i ? plan.v_vec : plan.k_vec);
+  }
+  commit_copies();
+}
+
+// The same for tiles of q, grad_out, and out where it is given.
+template <class E>
+__device__ void load_query_tiles(typename E::Shared* q, typename E::Shared* grad_out,
+                                 typename E::Shared* out, const AttentionBackward& p,
+                                 const Plan& plan, const BlockPlace& at, TileOrigin origin) {
+#pragma unroll 1
+  for (int i = 0; i < (out ? 3 : 2); ++i) {
+    const MapView view = i == 0 ? p.in.q : i == 1 ? p.grad_out : p.out;
+    const int vec = i == 0 ? plan.q_vec : i == 1 ? plan.grad_out_vec : plan.read_out_vec;
+    load_queries<E>(i == 0   ? q
+                    : i == 1 ? grad_out
+                             : out,
+                    head_data<typename E::Storage>(view, p.in.shape, at), view, p.in.shape, plan,
+                    origin, vec);
+  }
+  commit_copies();
+}
+
 // Products of a warp's unit with some tiles of keys become scores: scaled and with their bias.
-template <class E, Bias kBias>
+template <class E, Bias kBias, Pitch kPitch = Pitch::fixed>
 struct Scorer {
   using A = typename E::Acc;
-  using Window = TableWindow<A, kBias == Bias::direct ? Bias::unit : kBias>;
+  using Window = TableWindow<A, kBias == Bias::direct ? Bias::unit : kBias, kPitch>;
 
   const AttentionInputs& in;
   const Plan& plan;
@@ -124,7 +157,8 @@ struct Scorer {
                        (i * in.shape.width + j) * in.bias.query + key * in.bias.key]);
   }
 
-  __device__ A scale() const { return A(in.shape.scale); }
+  // From products q k to the exponent of 2.
+  __device__ A factor() const { return sizeof(A) == 8 ? plan.factor : plan.narrow_factor; }
 };
 
 // Which weights dropout keeps: counter-based, see math/random.h.
@@ -165,15 +199,10 @@ struct KeyStages {
         k(reinterpret_cast<S*>(shared + plan.at_k)),
         v(reinterpret_cast<S*>(shared + plan.at_v)) {}
 
-  __device__ int offset(int first) const {
-    return first / plan.key_stage % plan.buffers * E::kChannels * E::key_pitch(plan);
-  }
-
-  __device__ void load(int first) const {
-    const int to = offset(first);
-    load_keys<E>(k + to, head_data<T>(in.k, in.shape, at), in.k, in.shape, plan, first, plan.k_vec);
-    load_keys<E>(v + to, head_data<T>(in.v, in.shape, at), in.v, in.shape, plan, first, plan.v_vec);
-    commit_copies();
+  // Keys from `first` on, to one of the buffers.
+  __device__ void load(int first, int buffer) const {
+    const int to = buffer * E::kChannels * E::key_pitch(plan);
+    load_keys_and_values<E>(k + to, v + to, in, plan, at, first);
   }
 
   // Calls use(k, v, first key, number of keys) for every stage. Stage 0 is loaded for tile 0 by the
@@ -181,29 +210,22 @@ struct KeyStages {
   template <class Scorer, class Use>
   __device__ void walk(Scorer& scorer, int tile, const Use& use) const {
     const int keys = int(in.shape.keys), stage = plan.key_stage;
-    if (tile && keys > stage) load(0);
-    for (int first = 0; first < keys; first += stage) {
-      if (first && plan.buffers == 1) load(first);
+    if (tile && keys > stage) load(0, 0);
+    for (int first = 0, buffer = 0; first < keys; first += stage) {
+      if (first && plan.buffers == 1) load(first, 0);
       wait_for_copies<0>();
       if (tile == 0 || keys > stage)
         scorer.stage(first);
       else
         __syncthreads();
-      if (plan.buffers == 2 && first + stage < keys) load(first + stage);
-      const int at_stage = offset(first);
+      if (plan.buffers == 2 && first + stage < keys) load(first + stage, buffer ^ 1);
+      const int at_stage = buffer * E::kChannels * E::key_pitch(plan);
       use(k + at_stage, v + at_stage, first, min(stage, keys - first));
       __syncthreads();
+      buffer ^= plan.buffers - 1;
     }
   }
 };
-
-// e^(score - reference). In half precision with one rounding less to do, otherwise exact where the
-// two are equal.
-template <class E, class A>
-__device__ __forceinline__ A weight_of(A score, A reference) {
-  if constexpr (E::kTensorCores) return fast_exp2(fused(score, A(kLog2e), -reference * A(kLog2e)));
-  return fast_exp2((score - reference) * A(kLog2e));
-}
 
 // A warp's unit of the tile, as offsets in it.
 struct UnitPlace {
@@ -211,44 +233,55 @@ struct UnitPlace {
 
   __device__ UnitPlace(int row_, int column_) : row(row_), column(column_) {}
   __device__ UnitPlace(const Plan& plan, int unit) {
-    const int across = plan.columns / kUnitColumns;
-    row = unit / across * kUnitRows, column = unit % across * kUnitColumns;
+    const unsigned across = unsigned(plan.columns) / kUnitColumns;
+    row = int(unsigned(unit) / across * kUnitRows);
+    column = int(unsigned(unit) % across * kUnitColumns);
   }
 };
 
+// A score in natural units as an exponent of 2; finite ones stay finite.
+template <class A>
+__device__ __forceinline__ A as_exponent(A score) {
+  const A most = sizeof(A) == 4 ? A(3.4028234663852886e38) : A(1.7976931348623157e308);
+  const A exponent = score * A(kLog2e);
+  if (exponent > most && score <= most) return most;
+  if (exponent < -most && score >= -most) return -most;
+  return exponent;
+}
+
+// Products q k become exponents of 2: scaled, with their bias and `shift` of the query's row. -inf
+// for keys past the last.
 template <class E, Bias kBias>
-__device__ void score_tiles(typename E::Acc (&s)[kUnitRows][E::kTiles][2],
-                            const Scorer<E, kBias>& scorer, UnitPlace unit, int first, int chunk,
-                            int tiles) {
+__device__ void exponents(typename E::Acc (&s)[kUnitRows][E::kTiles][2],
+                          const typename E::Acc (&shift)[kUnitRows], const Scorer<E, kBias>& scorer,
+                          UnitPlace unit, int first, int chunk, int tiles) {
   using A = typename E::Acc;
-  const A scale = scorer.scale();
-  const int column = unit.column + E::g();
+  const A factor = scorer.factor();
+  const int column = unit.column + E::g(), left = int(scorer.in.shape.keys) - first - chunk;
 #pragma unroll
-  for (int i = 0; i < E::kTiles * 2; ++i) {
-    const int n = chunk + i / 2 * 8 + 2 * E::t() + i % 2;
-    if (i / 2 < tiles) {
-      A bias[kUnitRows] = {};
-      if constexpr (kBias != Bias::direct) {
-        scorer.window.values(bias, n, unit.row, column);
-        if (scorer.far && scorer.window.is_far(n)) {
+  for (int nt = 0; nt < E::kTiles; ++nt) {
 #pragma unroll
-          for (int r = 0; r < kUnitRows; ++r) bias[r] = 0;
-        }
-      }
+    for (int e = 0; e < 2; ++e) {
+      // Of 49 keys the last tile has one.
+      if (e == 0 ? nt < tiles : nt * 8 + 1 < left) {
+        A bias[kUnitRows];
 #pragma unroll
-      for (int r = 0; r < kUnitRows; ++r) {
-        A& score = s[r][i / 2][i % 2];
-        score = score * scale + bias[r];
+        for (int r = 0; r < kUnitRows; ++r) bias[r] = shift[r];
+        if constexpr (kBias != Bias::direct)
+          typename Scorer<E, kBias>::Window::Taps(scorer.window, chunk + nt * 8 + 2 * E::t() + e,
+                                                  unit.row, column)
+              .add(bias);
+#pragma unroll
+        for (int r = 0; r < kUnitRows; ++r) s[r][nt][e] = fused(s[r][nt][e], factor, bias[r]);
       }
     }
-  }
-  const int left = int(scorer.in.shape.keys) - first - chunk;
-  if (left < 8 * E::kTiles) {
+    if (nt * 8 + 8 > left) {
 #pragma unroll
-    for (int i = 0; i < E::kTiles * 2; ++i)
+      for (int e = 0; e < 2; ++e)
 #pragma unroll
-      for (int r = 0; r < kUnitRows; ++r)
-        if (i / 2 * 8 + 2 * E::t() + i % 2 >= left) s[r][i / 2][i % 2] = -INFINITY;
+        for (int r = 0; r < kUnitRows; ++r)
+          if (nt * 8 + 2 * E::t() + e >= left) s[r][nt][e] = -INFINITY;
+    }
   }
   if (!scorer.has_unusual()) return;
 #pragma unroll 1
@@ -259,7 +292,7 @@ __device__ void score_tiles(typename E::Acc (&s)[kUnitRows][E::kTiles][2],
     A extra[kUnitRows];
 #pragma unroll 1
     for (int r = 0; r < kUnitRows; ++r) {
-      const A value = scorer.unusual(first, n, unit.row + r, column);
+      const A value = as_exponent(scorer.unusual(first, n, unit.row + r, column));
 #pragma unroll
       for (int j = 0; j < kUnitRows; ++j) extra[j] = j == r ? value : extra[j];
     }

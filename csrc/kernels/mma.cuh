@@ -42,21 +42,19 @@ struct Mma {
     unsigned address;
     int pitch;
 
-    // unit: channel 0, first row and column; `columns` values between rows.
-    __device__ Queries(const T* unit, int pitch_, int columns) : pitch(pitch_) {
+    // unit: channel 0, first row and column.
+    __device__ Queries(const T* unit, int pitch_) : pitch(pitch_) {
       const int lane = threadIdx.x % kWarp;
       const int c = lane % 8 + lane / 16 * 8, row = lane / 8 % 2;
-      address = shared_address(unit + c * pitch + row * columns);
-      two_rows = 2 * columns * int(sizeof(T));
+      address = shared_address(unit + c * pitch + row * kUnitColumns);
       if constexpr (kKept)
         for (int k = 0; k < kSteps; ++k) load(m[k], k);
     }
     __device__ void load(unsigned (&to)[2][4], int k) const {
       const unsigned at = address + k * 16 * pitch * int(sizeof(T));
       load_matrices<true>(to[0], at);
-      load_matrices<true>(to[1], at + two_rows);
+      load_matrices<true>(to[1], at + 2 * kUnitColumns * int(sizeof(T)));
     }
-    int two_rows;
   };
 
   // s = q k for `tiles` tiles of keys from key 0 of `keys` on.
@@ -129,6 +127,32 @@ struct Mma {
       }
     }
 
+    // += weights, 16-bit in shared memory as [key][query] with the unit's first query first, for
+    // `keys` keys, a multiple of 16.
+    __device__ void add_stored(const T* weights, int weights_pitch, const T* values, int pitch,
+                               int keys) {
+      const int lane = threadIdx.x % kWarp;
+      unsigned at_weights =
+          shared_address(weights + lane % 16 * weights_pitch + lane / 16 * kUnitColumns);
+      unsigned at_values = shared_address(values + lane % 16 * pitch + lane / 16 * 8);
+      for (int n = 0; n < keys; n += 16) {
+        unsigned b[2][4];  // two rows of queries each
+        load_matrices<true>(b[0], at_weights);
+        load_matrices<true>(b[1], at_weights + 2 * kUnitColumns * int(sizeof(T)));
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+          unsigned a[4];
+          load_matrices<false>(a, at_values + k * 16 * pitch * int(sizeof(T)));
+#pragma unroll
+          for (int r = 0; r < kUnitRows; ++r) {
+            float (&c)[4] = m[k][r];
+            mma<T>(c[0], c[1], c[2], c[3], a, b[r / 2][r % 2 * 2], b[r / 2][r % 2 * 2 + 1]);
+          }
+        }
+        at_weights += 16 * weights_pitch * int(sizeof(T)), at_values += 16 * int(sizeof(T));
+      }
+    }
+
     // *= factor of each query, which the lanes of column g hold.
     __device__ void scale(const float (&factor)[kUnitRows]) {
 #pragma unroll
@@ -143,7 +167,7 @@ struct Mma {
       }
     }
 
-    __device__ void store(T* unit, int pitch, int columns) const {
+    __device__ void store(T* unit, int pitch) const {
       unit += g() * pitch + 2 * t();
 #pragma unroll
       for (int k = 0; k < kSteps; ++k)
@@ -151,7 +175,7 @@ struct Mma {
         for (int r = 0; r < kUnitRows; ++r)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<unsigned*>(unit + (k * 16 + half * 8) * pitch + r * columns) =
+            *reinterpret_cast<unsigned*>(unit + (k * 16 + half * 8) * pitch + r * kUnitColumns) =
                 pack<T>(m[k][r][2 * half], m[k][r][2 * half + 1]);
     }
   };
@@ -176,10 +200,10 @@ struct Mma {
 
   // s = k q, transposed, for a unit.
   __device__ static void scores(float (&s)[kUnitRows][2][2], const Keys& keys, const T* unit,
-                                int pitch, int columns) {
+                                int pitch) {
     const int lane = threadIdx.x % kWarp;
     // Two rows of queries at a time: matrices (channels 0-7, 8-15) of either.
-    const unsigned at = shared_address(unit + lane % 16 * pitch + lane / 16 * columns);
+    const unsigned at = shared_address(unit + lane % 16 * pitch + lane / 16 * kUnitColumns);
 #pragma unroll
     for (int r = 0; r < kUnitRows; r += 2) {
 #pragma unroll
@@ -189,7 +213,7 @@ struct Mma {
           for (int i = 0; i < 4; ++i) a[i] = keys.m[k][i];
         else
           keys.load(a, k);
-        load_matrices<true>(b, at + (k * 16 * pitch + r * columns) * int(sizeof(T)));
+        load_matrices<true>(b, at + (k * 16 * pitch + r * kUnitColumns) * int(sizeof(T)));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float (&c)[2][2] = s[r + half];
@@ -202,6 +226,48 @@ struct Mma {
     }
   }
 
+  // f(row, column, sum over channels of a b) for a unit's queries in two tiles.
+  template <class F>
+  __device__ static void inner_products(const T* a_unit, const T* b_unit, int pitch, const F& f) {
+    const int lane = threadIdx.x % kWarp;
+    const Queries queries(a_unit, pitch);
+    const unsigned at = shared_address(b_unit + lane % 16 * pitch + lane / 16 * kUnitColumns);
+    float c[kUnitRows][4];  // of row r, all columns with all columns: wanted is the diagonal
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      unsigned a[2][4];
+      queries.load(a, k);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        unsigned b[4];
+        load_matrices<true>(b, at + (k * 16 * pitch + 2 * m * kUnitColumns) * int(sizeof(T)));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float (&to)[4] = c[2 * m + half];
+          if (k == 0)
+            mma<T, true>(to[0], to[1], to[2], to[3], a[m], b[2 * half], b[2 * half + 1]);
+          else
+            mma<T>(to[0], to[1], to[2], to[3], a[m], b[2 * half], b[2 * half + 1]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kUnitRows; ++r)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (g() == 2 * t() + e) f(r, g(), c[r][r % 2 * 2 + e]);
+  }
+
+  // Scores' gradients of 16 keys and a unit, to shared memory as [key][query].
+  __device__ static void store_scores(T* to, const float (&s)[kUnitRows][2][2], int pitch) {
+    to += g() * pitch + 2 * t();
+#pragma unroll
+    for (int k = 0; k < 2; ++k, to += 8 * pitch)
+#pragma unroll
+      for (int r = 0; r < kUnitRows; ++r)
+        *reinterpret_cast<unsigned*>(to + r * kUnitColumns) = pack<T>(s[r][k][0], s[r][k][1]);
+  }
+
   // Weighted sums over queries: [16 keys][channels].
   struct KeySums {
     float m[kChannels / 8][4];
@@ -212,11 +278,10 @@ struct Mma {
     }
 
     // += p unit, over the unit's queries.
-    __device__ void add(const float (&p)[kUnitRows][2][2], const T* unit, int pitch, int columns,
-                        T*) {
+    __device__ void add(const float (&p)[kUnitRows][2][2], const T* unit, int pitch, T*) {
       const int lane = threadIdx.x % kWarp;
       const unsigned at =
-          shared_address(unit + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * columns);
+          shared_address(unit + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * kUnitColumns);
 #pragma unroll
       for (int r = 0; r < kUnitRows; r += 2) {
         const unsigned a[4] = {pack<T>(p[r][0][0], p[r][0][1]), pack<T>(p[r][1][0], p[r][1][1]),
@@ -225,7 +290,7 @@ struct Mma {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           unsigned b[4];
-          load_matrices<false>(b, at + (k * 16 * pitch + r * columns) * int(sizeof(T)));
+          load_matrices<false>(b, at + (k * 16 * pitch + r * kUnitColumns) * int(sizeof(T)));
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float (&c)[4] = m[2 * k + half];

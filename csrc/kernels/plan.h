@@ -13,29 +13,38 @@ namespace dat::cuda {
 constexpr int kUnitRows = 4, kUnitColumns = 8;
 
 // Units of a tile at most. As many warps a block, three blocks a multiprocessor, leave 168
-// registers a thread.
+// registers a thread; of eight warps that share a table, each would have too few.
 constexpr int kMaxUnits = 4;
+
+// Whether the pass over keys can give grad_q: of long heads, its sums do not fit in registers
+// beside those of keys.
+__host__ __device__ constexpr bool gives_grad_q(bool tensor_cores, int channels) {
+  return tensor_cores && channels <= 64;
+}
 
 // How the bias reaches the scores.
 enum class Bias : int {
   direct,   // none, dense, or a table read from global memory: any slope, any size
   unit,     // table at slope 1: a window of it in shared memory
-  slope,    // table at slopes up to 1 (along y): two rows of queries meet at most three table rows
-  shallow,  // table at slopes up to 1/3 (along y): four rows of queries do
+  slope,    // table at slopes from 1/3 to 1 (along y): a unit's rows meet five table rows
+  shallow,  // table at slopes up to 1/3 (along y): three
 };
 
 struct Plan {
-  int rows, columns;                // of a query tile
-  int down, across;                 // tiles of the map
-  int tiles_down;                   // tiles that a block takes, one below the other
-  int splits;                       // backward over keys: blocks that share the queries of a key
-  int key_stage;                    // keys in shared memory at a time: 16, 32 or 64
-  int query_pitch;                  // values between channels in shared memory
-  int key_pitch;                    //   "
-  int buffers;                      // for keys, 1 or 2
-  int window_rows, window_columns;  // of the table in shared memory
+  int rows, columns;  // of a query tile
+  int down, across;   // tiles of the map
+  int tiles_down;     // tiles that a block takes, one below the other
+  int splits;         // backward over keys: blocks that share the queries of a key
+  int key_stage;      // keys in shared memory at a time: 16, 32 or 64
+  int query_pitch;    // values between channels in shared memory
+  int key_pitch;      //   "
+  int buffers;        // for keys, 1 or 2
+  int window_rows, window_columns, window_pitch;  // of the table in shared memory
+  bool whole;  // backward: a block has all keys, and the pass over keys gives grad_q as well
   TableAxis<double> y, x;
   TableAxis<float> narrow_y, narrow_x;  // the same
+  double factor;                        // from products q k to the exponent of 2
+  float narrow_factor;                  //   "
 
   template <class A>
   DAT_HD const TableAxis<A>& axis_y() const {
@@ -53,10 +62,12 @@ struct Plan {
   }
   // Values that one access moves; 1 where strides or alignment want it. 0: channels are the
   // contiguous dimension.
-  int q_vec, k_vec, v_vec, out_vec, grad_out_vec;
+  int q_vec, k_vec, v_vec, grad_out_vec;
+  int out_vec;       // of what is written for queries: out, grad_q
+  int read_out_vec;  // of out, in the backward
   // Where things are in shared memory, in bytes.
   int at_q, at_grad_out, at_k, at_v, at_rows, at_window, at_grad_window, at_keys, at_scratch,
-      shared;
+      at_grads, shared;
 };
 
 // Scratch in global memory of the backward, all in the accumulation type.

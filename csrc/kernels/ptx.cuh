@@ -101,9 +101,44 @@ __device__ __forceinline__ float fast_log2(float x) {
 }
 __device__ __forceinline__ double fast_log2(double x) { return log2(x); }
 
+// 1 / x, in float the hardware's.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ double fast_reciprocal(double x) { return 1 / x; }
+
 // a b + c rounded once. Said aloud where c is itself a product: the compiler may fuse that one.
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+
+// 32 bits that travel as a number.
+template <class A>
+__device__ __forceinline__ A number_of_bits(int bits) {
+  if constexpr (sizeof(A) == 4)
+    return __int_as_float(bits);
+  else
+    return __hiloint2double(0, bits);
+}
+__device__ __forceinline__ int bits_of_number(float x) { return __float_as_int(x); }
+__device__ __forceinline__ int bits_of_number(double x) { return __double2loint(x); }
+
+// t = whole + fraction, for t in [0, 2^22). In float without the slow conversions: adding 2^23
+// moves the whole part to the last bits.
+template <class A>
+struct Parts {
+  int whole;
+  A fraction;
+};
+__device__ __forceinline__ Parts<float> parts_of(float t) {
+  const float shifted = __fadd_rd(t, 0x1p23f);
+  return {__float_as_int(shifted) - __float_as_int(0x1p23f), t - (shifted - 0x1p23f)};
+}
+__device__ __forceinline__ Parts<double> parts_of(double t) {
+  const int whole = int(t);
+  return {whole, t - whole};
+}
 
 // a + b, clamped to [0, 1].
 __device__ __forceinline__ float add_saturated(float a, float b) {

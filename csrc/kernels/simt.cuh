@@ -33,9 +33,8 @@ struct Simt {
 
   struct Queries {
     const Acc* unit;
-    int pitch, columns;
-    __device__ Queries(const Acc* unit_, int pitch_, int columns_)
-        : unit(unit_ + g()), pitch(pitch_), columns(columns_) {}
+    int pitch;
+    __device__ Queries(const Acc* unit_, int pitch_) : unit(unit_ + g()), pitch(pitch_) {}
   };
 
   __device__ static void scores(Acc (&s)[kUnitRows][kTiles][2], const Queries& q, const Acc* keys,
@@ -48,7 +47,7 @@ struct Simt {
     for (int c = 0; c < kChannels; ++c, unit += q.pitch, keys += pitch) {
       Acc rows[kUnitRows];
 #pragma unroll
-      for (int r = 0; r < kUnitRows; ++r) rows[r] = unit[r * q.columns];
+      for (int r = 0; r < kUnitRows; ++r) rows[r] = unit[r * kUnitColumns];
 #pragma unroll
       for (int nt = 0; nt < kTiles; ++nt) {
         const auto pair = *reinterpret_cast<const Vec<Acc, 2>*>(keys + nt * 8);
@@ -107,12 +106,12 @@ struct Simt {
         for (int c = 0; c < kOwn; ++c) m[r][c] *= factor[r];
     }
 
-    __device__ void store(Acc* unit, int pitch, int columns) const {
+    __device__ void store(Acc* unit, int pitch) const {
       unit += t() * pitch + g();
 #pragma unroll
       for (int c = 0; c < kOwn; ++c)
 #pragma unroll
-        for (int r = 0; r < kUnitRows; ++r) unit[4 * c * pitch + r * columns] = m[r][c];
+        for (int r = 0; r < kUnitRows; ++r) unit[4 * c * pitch + r * kUnitColumns] = m[r][c];
     }
   };
 
@@ -123,7 +122,7 @@ struct Simt {
   };
 
   __device__ static void scores(Acc (&s)[kUnitRows][2][2], const Keys& from, const Acc* unit,
-                                int pitch, int columns) {
+                                int pitch) {
     const Acc* keys = from.keys;
     unit += 2 * t();
 #pragma unroll
@@ -133,7 +132,7 @@ struct Simt {
       const Acc key[2] = {keys[0], keys[8]};
 #pragma unroll
       for (int r = 0; r < kUnitRows; ++r) {
-        const auto pair = *reinterpret_cast<const Vec<Acc, 2>*>(unit + r * columns);
+        const auto pair = *reinterpret_cast<const Vec<Acc, 2>*>(unit + r * kUnitColumns);
 #pragma unroll
         for (int k = 0; k < 2; ++k)
 #pragma unroll
@@ -150,8 +149,7 @@ struct Simt {
       for (int i = 0; i < 2 * kOwn; ++i) (&m[0][0])[i] = 0;
     }
 
-    __device__ void add(const Acc (&p)[kUnitRows][2][2], const Acc* unit, int pitch, int columns,
-                        Acc* scratch) {
+    __device__ void add(const Acc (&p)[kUnitRows][2][2], const Acc* unit, int pitch, Acc* scratch) {
       // scratch [key][row][column]
 #pragma unroll
       for (int r = 0; r < kUnitRows; ++r)
@@ -170,8 +168,7 @@ struct Simt {
           weights[k] = *reinterpret_cast<const Vec<Acc, 4>*>(scratch + (g() + 8 * k) * kUnit + q);
 #pragma unroll
         for (int c = 0; c < kOwn; ++c) {
-          const auto four =
-              *reinterpret_cast<const Vec<Acc, 4>*>(unit + 4 * c * pitch + q / 8 * columns + q % 8);
+          const auto four = *reinterpret_cast<const Vec<Acc, 4>*>(unit + 4 * c * pitch + q);
 #pragma unroll
           for (int k = 0; k < 2; ++k)
 #pragma unroll

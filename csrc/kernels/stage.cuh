@@ -23,24 +23,39 @@ __device__ __forceinline__ void copy(S* shared, const T* global, bool inside) {
   }
 }
 
-// Channels of one place, by `runs` threads that take turns at runs of four: the places of a run in
-// shared memory are known to the compiler. Zeros unless `inside` and past head_dim; `from` must be
-// a place of the tensor in any case.
-template <int kVec, class E, class S, class T>
-__device__ __forceinline__ void copy_channels(S* to, int pitch, const T* from, int64_t stride,
-                                              int run, int runs, int head_dim, bool inside) {
-  constexpr int kRun = 4;
-  for (int c = run * kRun; c < E::kChannels; c += runs * kRun) {
-    const T* at = from + c * stride;
+// Channels are taken in runs: places of a run in shared memory are known to the compiler.
+constexpr int kRun = 4;
+
+// Calls f(channel of a run, place in the run, pointer to it, whether it exists) for runs `run`,
+// run + runs, .. of kChannels channels, head_dim of which exist.
+template <int kChannels, int kRun = dat::cuda::kRun, class P, class F>
+__device__ __forceinline__ void each_channel(P* data, int64_t stride, int run, int runs,
+                                             int head_dim, const F& f) {
+  using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+  stride *= sizeof(P);
+  const int64_t skip = (runs - 1) * kRun * stride;
+  auto* at = reinterpret_cast<Byte*>(data) + run * kRun * stride;
+  for (int c = run * kRun; c < kChannels; c += runs * kRun, at += skip) {
     if (c + kRun <= head_dim) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i, at += stride) copy<kVec>(to + (c + i) * pitch, at, inside);
+      for (int i = 0; i < kRun; ++i, at += stride) f(c, i, reinterpret_cast<P*>(at), true);
     } else {
 #pragma unroll 1
       for (int i = 0; i < kRun; ++i, at += stride)
-        copy<kVec>(to + (c + i) * pitch, c + i < head_dim ? at : from, inside && c + i < head_dim);
+        f(c, i, reinterpret_cast<P*>(at), c + i < head_dim);
     }
   }
+}
+
+// Channels of one place, by `runs` threads that take turns at runs. Zeros unless `inside` and past
+// head_dim; `from` must be a place of the tensor in any case.
+template <int kVec, class E, class S, class T>
+__device__ __forceinline__ void copy_channels(S* to, int pitch, const T* from, int64_t stride,
+                                              int run, int runs, int head_dim, bool inside) {
+  each_channel<E::kChannels>(
+      from, stride, run, runs, head_dim, [&](int c, int i, const T* at, bool exists) {
+        copy<kVec>(to + c * pitch + i * pitch, exists ? at : from, inside && exists);
+      });
 }
 
 // Calls f with the vector length as a compile-time constant; S and T differ: always 1.
@@ -62,7 +77,15 @@ struct TileOrigin {
   int row, column;
 };
 
-// map [head_dim, H, W] -> shared [channels][rows][columns]; zeros outside the map and past
+// Where slot `slot` of a tile is: units one after the other, each by rows.
+__device__ __forceinline__ TileOrigin place_of(const Plan& plan, TileOrigin origin, unsigned slot) {
+  const unsigned across = unsigned(plan.columns) / kUnitColumns, unit = slot / kWarp;
+  const unsigned row = unit / across * kUnitRows + slot / kUnitColumns % kUnitRows;
+  const unsigned column = unit % across * kUnitColumns + slot % kUnitColumns;
+  return {origin.row + int(row), origin.column + int(column)};
+}
+
+// map [head_dim, H, W] -> shared [channels][slots]; zeros outside the map and past
 // head_dim. Asynchronous.
 template <class E, class S, class T>
 __device__ void load_queries(S* shared, const T* map, const MapView& view,
@@ -73,8 +96,7 @@ __device__ void load_queries(S* shared, const T* map, const MapView& view,
   if (vec == 0) {
     for (int i = threadIdx.x; i < area * E::kChannels; i += blockDim.x) {
       const int c = i % E::kChannels, slot = i / E::kChannels;
-      const int row = origin.row + slot / plan.columns,
-                column = origin.column + slot % plan.columns;
+      const auto [row, column] = place_of(plan, origin, slot);
       const bool inside = row < shape.height && column < shape.width && c < head_dim;
       copy<1>(shared + c * pitch + slot,
               map + (inside ? row * view.row + column * view.column + c : 0), inside);
@@ -86,7 +108,7 @@ __device__ void load_queries(S* shared, const T* map, const MapView& view,
     const int positions = area / kVec, step = blockDim.x / positions;
     const int slot = threadIdx.x % positions * kVec, c = threadIdx.x / positions;
     if (c >= step) return;  // threads left over
-    const int row = origin.row + slot / plan.columns, column = origin.column + slot % plan.columns;
+    const auto [row, column] = place_of(plan, origin, slot);
     const bool inside = row < shape.height && column < shape.width;
     copy_channels<kVec, E>(shared + slot, pitch,
                            map + (inside ? row * view.row + column * view.column : 0), view.channel,
@@ -94,7 +116,7 @@ __device__ void load_queries(S* shared, const T* map, const MapView& view,
   });
 }
 
-// shared [channels][rows][columns] -> out [head_dim, H, W], contiguous.
+// shared [channels][slots] -> out [head_dim, H, W], contiguous.
 template <class E, class S, class T>
 __device__ void store_queries(T* out, const S* shared, const AttentionShape& shape,
                               const Plan& plan, TileOrigin origin, int vec) {
@@ -103,23 +125,42 @@ __device__ void store_queries(T* out, const S* shared, const AttentionShape& sha
     constexpr int kVec = decltype(v)::value;
     const int positions = plan.rows * plan.columns / kVec, step = blockDim.x / positions;
     const int slot = threadIdx.x % positions * kVec, head_dim = int(shape.head_dim);
-    const int row = origin.row + slot / plan.columns, column = origin.column + slot % plan.columns;
+    const auto [row, column] = place_of(plan, origin, slot);
     const int run = threadIdx.x / positions;
     if (run >= step || row >= shape.height || column >= shape.width) return;
-    constexpr int kRun = 4;
-    for (int c = run * kRun; c < head_dim; c += step * kRun) {
-      const S* from = shared + c * E::query_pitch(plan) + slot;
-      T* to = out + row * shape.width + column + c * area;
-#pragma unroll
-      for (int i = 0; i < kRun; ++i, to += area, from += E::query_pitch(plan)) {
-        if (c + i >= head_dim) break;
-        if constexpr (std::is_same_v<S, T>)
-          *reinterpret_cast<Vec<T, kVec>*>(to) = *reinterpret_cast<const Vec<T, kVec>*>(from);
-        else
-          *to = from_acc<T>(*from);
-      }
-    }
+    out += row * int(shape.width) + column;
+    each_channel<E::kChannels>(
+        out, area, run, step, head_dim, [&](int c, int i, T* to, bool exists) {
+          const S* from = shared + c * E::query_pitch(plan) + i * E::query_pitch(plan) + slot;
+          if (!exists) return;
+          if constexpr (std::is_same_v<S, T>)
+            *reinterpret_cast<Vec<T, kVec>*>(to) = *reinterpret_cast<const Vec<T, kVec>*>(from);
+          else
+            *to = from_acc<T>(*from);
+        });
   });
+}
+
+// Of a list of 16-bit values that 4-byte accesses do not fit, every list of 49 keys for one: a lane
+// takes two neighbouring keys of a channel.
+template <class E, class T>
+__device__ void load_key_pairs(T* shared, const T* list, const MapView& view,
+                               const AttentionShape& shape, const Plan& plan, int first) {
+  const int n = threadIdx.x % kWarp * 2, left = int(shape.keys) - first - n;
+  if (n >= plan.key_stage) return;
+  const unsigned mask = left >= 2 ? 0xffffffffu : left == 1 ? 0xffffu : 0;
+  const int64_t right = left > 1 ? view.column : 0;
+  const auto* keys =
+      reinterpret_cast<const unsigned short*>(list) + (left > 0 ? (first + n) * view.column : 0);
+  constexpr int kKeyRun = E::kChannels / 4;  // for four warps
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  each_channel<E::kChannels, kKeyRun>(
+      keys, view.channel, warp, warps, int(shape.head_dim),
+      [&](int c, int i, const unsigned short* at, bool exists) {
+        T* to = shared + c * E::key_pitch(plan) + i * E::key_pitch(plan) + n;
+        const unsigned pair = exists ? at[0] | unsigned(at[right]) << 16 : 0;
+        *reinterpret_cast<unsigned*>(to) = pair & mask;
+      });
 }
 
 // Keys [first, first + key_stage) of list [head_dim, N] -> shared [channels][key_stage]; zeros past
@@ -136,6 +177,8 @@ __device__ void load_keys(S* shared, const T* list, const MapView& view,
     }
     return;
   }
+  if constexpr (std::is_same_v<S, T> && sizeof(T) == 2)
+    if (vec == 1) return load_key_pairs<E>(shared, list, view, shape, plan, first);
   with_vector<S, T>(vec, [&](auto v) {
     constexpr int kVec = decltype(v)::value;
     // A warp takes whole channels: several at a time if they are short.

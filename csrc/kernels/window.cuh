@@ -1,0 +1,298 @@
+// The bias table as a block sees it: values along a column of queries, their derivatives, and the
+// way back for gradients.
+//
+// A block's queries and the keys near the map meet only a window of the table. It is copied to
+// shared memory once, with zeros for cells outside the table.
+//
+// Along a column, x is interpolated once for each table row that the queries meet, and the result
+// is shared by the queries: at slopes from 1/3 to 1 four of them meet five table rows, below that
+// three.
+#pragma once
+
+#include "../math/softmax.h"
+#include "plan.h"
+#include "ptx.cuh"
+
+namespace dat::cuda {
+
+// Cells beyond those that keys at -1 or 1 need, on either side: keys of dat++ are clamped there,
+// those of dat stray by a few cells of a small table.
+__host__ __device__ constexpr int window_margin(double slope) { return slope == 1 ? 1 : 4; }
+
+// Rows that the last query may read below its own cell.
+constexpr int kWindowBelow = 3;
+
+// Cells between rows of a window: known to the compiler, so that taps have fixed places, where a
+// block has one window; just as many as there are where it has another for gradients.
+enum class Pitch { fixed, least };
+__host__ __device__ constexpr int window_pitch(Bias bias) { return bias == Bias::unit ? 128 : 72; }
+
+// Cells that a tile of `queries` rows or columns meets.
+inline int window_cells(const TableAxis<double>& axis, int queries) {
+  return int(std::ceil(axis.slope * (queries - 1) + 2 * axis.quarter)) + 4 +
+         2 * window_margin(axis.slope);
+}
+
+// The window's first cell for a tile that starts at query `first`.
+template <class A>
+__device__ __forceinline__ int window_start(const TableAxis<A>& axis, int first) {
+  return int(floor(axis.slope * first + axis.origin - axis.quarter)) - window_margin(axis.slope);
+}
+
+// The four queries down a column and the table rows that they meet, from values h interpolated in
+// x at those rows.
+//
+// Slopes below 1: the first query is a fraction above table row 0, query r is at fraction + slope
+// r, and the piecewise linear function is a sum over i of h[i + 1] - h[i], each as far as the query
+// is past row i: a saturating addition.
+template <class A, Bias kBias>
+struct RowGroup {
+  static constexpr int kReads = kBias == Bias::slope ? 5 : 3;
+  A fraction, slope_y;
+
+  RowGroup() = default;
+  __device__ RowGroup(A fraction_, A slope) : fraction(fraction_), slope_y(slope) {}
+
+  // Query r is past row low(r) and not past row high(r): with five rows, slopes are above 1/3.
+  __device__ static constexpr int low(int r) { return kReads == 5 && r == 3 ? 1 : 0; }
+  __device__ static constexpr int high(int r) { return r + 1 < kReads ? r + 1 : kReads - 1; }
+  // How far it is past row i.
+  __device__ A past(int r, int i) const {
+    return r == 0 ? fraction : add_saturated(fraction, slope_y * r - i);
+  }
+
+  __device__ A add(A value, const A (&h)[kReads], int r) const {
+    value += h[low(r)];
+#pragma unroll
+    for (int i = low(r); i < high(r); ++i) value += past(r, i) * (h[i + 1] - h[i]);
+    return value;
+  }
+  // Adds to along_y the product of the values' gradients with d value / d coordinate: the
+  // difference h[i + 1] - h[i] that each query is in.
+  __device__ void backward(A& along_y, A (&grad_h)[kReads], const A (&h)[kReads],
+                           const A (&grad)[kUnitRows]) const {
+#pragma unroll
+    for (int i = 0; i < kReads; ++i) grad_h[i] = 0;
+#pragma unroll
+    for (int r = 0; r < kUnitRows; ++r) {
+      A difference = h[low(r) + 1] - h[low(r)];
+      grad_h[low(r)] += grad[r];
+#pragma unroll
+      for (int i = low(r); i < high(r); ++i) {
+        const A moved = grad[r] * past(r, i);
+        grad_h[i] -= moved, grad_h[i + 1] += moved;
+        if (i > low(r) && fraction + slope_y * r >= A(i)) difference = h[i + 1] - h[i];
+      }
+      along_y += grad[r] * difference;
+    }
+  }
+};
+
+// Slope 1: each query is between two rows, with weights that are the key's.
+template <class A>
+struct RowGroup<A, Bias::unit> {
+  static constexpr int kReads = 5;
+  A upper, lower;  // times log2(e)
+  RowGroup() = default;
+  __device__ RowGroup(A upper_, A lower_) : upper(upper_), lower(lower_) {}
+
+  __device__ A add(A value, const A (&h)[kReads], int r) const {
+    return fused(h[r], upper, fused(h[r + 1], lower, value));
+  }
+  // As above; table row i gets grad[i] and a fraction of grad[i - 1] - grad[i].
+  __device__ void backward(A& along_y, A (&grad_h)[kReads], const A (&h)[kReads],
+                           const A (&grad)[kUnitRows]) const {
+    const A fraction = lower * A(kLn2);
+#pragma unroll
+    for (int i = 0; i < kReads; ++i) {
+      const A own = i < kUnitRows ? grad[i < kUnitRows ? i : 0] : A(0);
+      const A step = (i ? grad[i ? i - 1 : 0] : A(0)) - own;
+      grad_h[i] = own + fraction * step;
+      along_y += h[i] * step;
+    }
+  }
+};
+
+// What lanes need of a key: one access, staged once for all queries of a block. Biases come in
+// units of the exponent of 2.
+template <class A>
+struct alignas(16) WindowKey {
+  // At slope 1: the fraction of the cell along x, and the weights of its two rows times log2(e); 0
+  // for far keys. Else: where the block's first query is in the window.
+  A x, y0, y1;
+  // At slope 1: the cell of the block's first query. Else what to `or` a cell with: 0, far keys -1.
+  A cell;  // as the bits of a number
+};
+
+template <class A, Bias kBias, Pitch kPitch>
+struct TableWindow {
+  static_assert(kBias != Bias::direct);
+  using Group = RowGroup<A, kBias>;
+  static constexpr bool kPairs = kBias != Bias::unit;
+  // Pairs: a value times log2(e), and what to add for the next column's; cell -1 and those below
+  // it are zero.
+  using Cell = Vec<A, kPairs ? 2 : 1>;
+  static constexpr int kBefore = kPairs ? 2 : 0;  // cells of memory before the window
+
+  const Cell* window;
+  WindowKey<A>* keys;  // [key_stage]
+  A slope_y, slope_x;
+  int start_y, start_x;  // first cell
+  int columns, least;
+
+  __device__ int pitch() const { return kPitch == Pitch::fixed ? window_pitch(kBias) : least; }
+
+  __device__ TableWindow(void* shared_window, void* shared_keys, const Plan& plan, int row,
+                         int column)
+      : window(static_cast<const Cell*>(shared_window) + kBefore),
+        keys(static_cast<WindowKey<A>*>(shared_keys)),
+        slope_y(plan.axis_y<A>().slope),
+        slope_x(plan.axis_x<A>().slope),
+        start_y(window_start(plan.axis_y<A>(), row)),
+        start_x(window_start(plan.axis_x<A>(), column)),
+        columns(plan.window_columns),
+        least(plan.window_pitch) {}
+
+  // Asynchronous where the table has the right dtype already.
+  template <class T>
+  __device__ void load(const T* table, const Plan& plan) const {
+    Cell* to = const_cast<Cell*>(window);
+    const int width = int(plan.x.size), rows = plan.window_rows;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    // Rows of the window that the table has: [top, bottom).
+    const int top = min(max(-start_y, 0), rows);
+    const int bottom = max(min(rows, int(plan.y.size) - start_y), top);
+    const int64_t step = int64_t(warps) * width;
+    for (int c = lane; c < columns; c += kWarp) {
+      const Tap<T> own(table, start_x + c, start_y + top + warp, width);
+      const Tap<T> next(table, start_x + c + 1, start_y + top + warp, width);
+      const T *at = own.at, *right = next.at;
+      Cell* cells = to + (top + warp) * pitch() + c;
+#pragma unroll 4
+      for (int r = top + warp; r < bottom; r += warps, at += step, cells += warps * pitch()) {
+        if constexpr (!kPairs && std::is_same_v<T, A> && sizeof(A) == 4) {
+          copy_async<4>(shared_address(cells), at, own.inside);
+        } else if constexpr (!kPairs) {
+          cells->at[0] = own.inside ? A(to_acc(*at)) : A(0);
+        } else {
+          const A value = own.inside ? A(to_acc(*at)) * A(kLog2e) : A(0);
+          *cells = {value, (next.inside ? A(to_acc(*right)) * A(kLog2e) : A(0)) - value};
+          right += step;
+        }
+      }
+      for (int r = warp; r < top; r += warps) to[r * pitch() + c] = Cell{};
+      for (int r = bottom + warp; r < rows; r += warps) to[r * pitch() + c] = Cell{};
+    }
+    if (kPairs && threadIdx.x < Group::kReads) to[int(threadIdx.x) * pitch() - 1] = Cell{};
+    commit_copies();
+  }
+
+  // A column of the table, from some row on; outside the table, one that can be read instead.
+  template <class T>
+  struct Tap {
+    bool inside;
+    const T* at;
+    __device__ Tap(const T* table, int column, int row, int width)
+        : inside(unsigned(column) < unsigned(width)),
+          at(table + (int64_t(row) * width + min(max(column, 0), width - 1))) {}
+  };
+
+  // Returns whether the key is far: whether its queries leave the window.
+  __device__ bool stage_key(int n, A pos_y, A pos_x, const Plan& plan, int row, int column) const {
+    const A y = slope_y * row + plan.axis_y<A>().shift(pos_y) - A(start_y);
+    const A x = slope_x * column + plan.axis_x<A>().shift(pos_x) - A(start_x);
+    const A last_y = y + slope_y * (plan.rows * plan.tiles_down - 1),
+            last_x = x + slope_x * (plan.columns - 1);
+    // Written so that NaN is far.
+    const bool near = y >= 0 && x >= 0 && last_y < A(plan.window_rows - kWindowBelow) &&
+                      last_x < A(plan.window_columns - 2);
+    if (!near) {
+      keys[n] = {0, 0, 0, number_of_bits<A>(kPairs ? -1 : 0)};
+    } else if constexpr (kPairs) {
+      keys[n] = {x, y, 0, number_of_bits<A>(0)};
+    } else {
+      const A floor_y = floor(y), floor_x = floor(x), lower = (y - floor_y) * A(kLog2e);
+      keys[n] = {x - floor_x, A(kLog2e) - lower, lower,
+                 number_of_bits<A>(int(floor_y) * pitch() + int(floor_x))};
+    }
+    return !near;
+  }
+
+  __device__ bool is_far(int n) const {
+    return kPairs ? bits_of_number(keys[n].cell) < 0 : keys[n].y0 + keys[n].y1 == 0;
+  }
+
+  // A column of the unit's queries before one key, and the table rows that they meet; from row
+  // `row` and column `column` of the block's queries on.
+  struct Taps {
+    A h[Group::kReads], d[Group::kReads];  // interpolated in x; and the derivative
+    Group group;
+    A fraction_x;
+    int cell, pitch;
+
+    Taps() = default;
+    __device__ Taps(const TableWindow& at, int n, int row, int column) : pitch(at.pitch()) {
+      const WindowKey<A> key = at.keys[n];
+      if constexpr (kPairs) {
+        const Parts<A> y = parts_of(fused(at.slope_y, A(row), key.y0));
+        const Parts<A> x = parts_of(fused(at.slope_x, A(column), key.x));
+        cell = (y.whole * pitch + x.whole) | bits_of_number(key.cell);
+        group = Group(y.fraction, at.slope_y);
+        fraction_x = x.fraction;
+      } else {
+        cell = bits_of_number(key.cell) + (row * pitch + column);
+        group = Group(key.y0, key.y1);
+        fraction_x = key.x;
+      }
+      const Cell* cells = at.window + cell;
+#pragma unroll
+      for (int i = 0; i < Group::kReads; ++i) {
+        if constexpr (kPairs)
+          d[i] = cells[i * pitch].at[1];
+        else
+          d[i] = cells[i * pitch + 1].at[0] - cells[i * pitch].at[0];
+        h[i] = cells[i * pitch].at[0] + fraction_x * d[i];
+      }
+    }
+
+    // Adds the biases of the unit's four rows, in units of the exponent of 2; nothing of far keys.
+    __device__ void add(A (&value)[kUnitRows]) const {
+#pragma unroll
+      for (int r = 0; r < kUnitRows; ++r) value[r] = group.add(value[r], h, r);
+    }
+
+    // Given the gradients of those biases: adds to (y, x) their products with the derivatives in
+    // the coordinates; grad_h is what arrives at the table rows.
+    __device__ void backward(A (&slopes)[2], A (&grad_h)[Group::kReads],
+                             const A (&grad)[kUnitRows]) const {
+      // What the window holds and weights are multiplied by; gradients are of natural units.
+      constexpr A kUnits = A(kPairs ? kLn2 : 1);
+      A along_y = 0, along_x = 0;
+      group.backward(along_y, grad_h, h, grad);
+#pragma unroll
+      for (int i = 0; i < Group::kReads; ++i) along_x += grad_h[i] * d[i];
+      slopes[0] += along_y * kUnits, slopes[1] += along_x * kUnits;
+    }
+  };
+
+  // Two neighbouring columns at a time: given the gradients that arrive at their table rows, calls
+  // add(cell of the window, value, next cell's value, ..) with the table's gradient.
+  template <class Add>
+  __device__ static void scatter(const Taps (&taps)[2], const A (&grad_h)[2][Group::kReads],
+                                 const Add& add) {
+#pragma unroll
+    for (int i = 0; i < Group::kReads; ++i) {
+      const A right[2] = {grad_h[0][i] * taps[0].fraction_x, grad_h[1][i] * taps[1].fraction_x};
+      const A left[2] = {grad_h[0][i] - right[0], grad_h[1][i] - right[1]};
+      const int cell = taps[0].cell + i * taps[0].pitch;
+      if constexpr (kPairs) {
+        add(cell, left[0], right[0]);
+        add(taps[1].cell + i * taps[1].pitch, left[1], right[1]);
+      } else {
+        add(cell, left[0], right[0] + left[1], right[1]);
+      }
+    }
+  }
+};
+
+}  // namespace dat::cuda
