@@ -14,7 +14,7 @@ inline Plan plan_backward_queries(const AttentionProblem& problem, const Attenti
   const AttentionShape& shape = problem.in.shape;
   Plan plan{};
   plan_scores(plan, shape);
-  plan_tiles(plan, problem, choice.units, choice.tiles, shape.batch * shape.heads, {1, 0});
+  plan_tiles(plan, problem, choice.units, choice.tiles, shape.batch * shape.heads, kQueriesCosts);
   plan_keys(plan, problem, 16, choice.keys);
   plan.buffers = shape.keys > plan.key_stage ? choice.buffers : 1;
   plan.q_vec = problem.vector_of(problem.in.q, shape.width);
@@ -28,7 +28,7 @@ inline Plan plan_backward_queries(const AttentionProblem& problem, const Attenti
   plan.at_v = layout.take(problem.keys_bytes(plan) * plan.buffers);
   const int area = plan.rows * plan.columns;
   plan.at_rows = layout.take(area * problem.acc_bytes());
-  plan_window(plan, problem, layout, Pitch::fixed, false);
+  plan_window(plan, problem, layout, Walk::keys, false);
   if (!problem.tensor_cores)
     plan.at_scratch = layout.take(area / kWarp * 16 * kWarp * problem.shared_bytes());
   plan.shared = layout.total();
@@ -43,7 +43,8 @@ inline Plan plan_backward_keys(const AttentionProblem& problem, const AttentionB
   plan_keys(plan, problem, kKeysOfWarp, choice.keys);
   plan.buffers = 1;
   plan_tiles(plan, problem, choice.units, choice.tiles,
-             shape.batch * shape.heads * divide_up<int64_t>(shape.keys, plan.key_stage), {2.5, 2});
+             shape.batch * shape.heads * divide_up<int64_t>(shape.keys, plan.key_stage),
+             kKeysCosts);
   plan.q_vec = problem.vector_of(problem.in.q, shape.width);
   plan.grad_out_vec = problem.vector_of(p.grad_out, shape.width);
   plan.read_out_vec = problem.vector_of(p.out, shape.width);
@@ -55,7 +56,7 @@ inline Plan plan_backward_keys(const AttentionProblem& problem, const AttentionB
   plan.at_k = layout.take(problem.keys_bytes(plan));
   plan.at_v = layout.take(problem.keys_bytes(plan));
   plan.at_rows = layout.take(2 * plan.rows * plan.columns * problem.acc_bytes());
-  plan_window(plan, problem, layout, Pitch::least, !deterministic);
+  plan_window(plan, problem, layout, Walk::queries, !deterministic);
   plan.whole = gives_grad_q(problem.tensor_cores, problem.channels) &&
                shape.keys <= plan.key_stage && !problem.in.bias.data;
   if (plan.whole)

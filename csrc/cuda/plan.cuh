@@ -40,6 +40,7 @@ struct AttentionProblem {
   int channels;  // head_dim, padded
   Bias bias;
   int multiprocessors;
+  int stack = 1;  // units of a warp
 
   size_t shared_bytes() const {  // of a value in shared memory
     return in.shape.dtype == DType::f64 ? 8 : tensor_cores ? 2 : 4;
@@ -69,6 +70,11 @@ inline int padded_channels(int64_t head_dim) {
 inline void plan_scores(Plan& plan, const AttentionShape& shape) {
   plan.factor = shape.scale * kLog2e;
   plan.narrow_factor = float(plan.factor);
+  // Products that start at a value of exponents need an inverse: a scale of 0 counts as 2^-100,
+  // which leaves of finite products what no exponent shows.
+  if (shape.dtype != DType::f64 && std::abs(plan.narrow_factor) < 0x1p-100f)
+    plan.narrow_factor = 0x1p-100f;
+  plan.inverse_factor = 1 / plan.narrow_factor;
   if (!shape.table_h) return;
   plan.y = table_axis<double>(shape.table_h, shape.height, shape.version);
   plan.x = table_axis<double>(shape.table_w, shape.width, shape.version);
@@ -90,38 +96,40 @@ inline Bias wanted_bias(const AttentionInputs& in) {
 struct BlockCosts {
   double start, share;
 };
+// Fitted to instructions counted on the emulated device.
+constexpr BlockCosts kForwardCosts{1.75, 0}, kQueriesCosts{1, 0}, kKeysCosts{2.5, 2};
 
-// A way to cut the map: into tiles of so many units, `tiles` of them a block.
+// A way to cut the map: into tiles of so many units or stacks of them, `tiles` of them a block.
 struct Cut {
-  int tall, wide, tiles;
+  int tall, wide, tiles, stack;
 
   void apply(Plan& plan, int strips, int bands) const {
     plan.across = divide_up(strips, wide);
     plan.down = divide_up(bands, tall);
-    plan.rows = tall * kUnitRows;
+    plan.rows = tall * stack * kUnitRows;
     plan.columns = wide * kUnitColumns;
     plan.tiles_down = std::min(tiles, plan.down);
     plan.splits = plan.across * divide_up(plan.down, plan.tiles_down);
   }
 };
 
-// Takes the cut into tiles of at most `units` units, at most `tiles` a block, that keeps the
-// multiprocessors busy the shortest: `blocks_per_split` blocks share a split, over (image, head)
-// and maybe keys.
+// Takes the cut into tiles of at most `units` units (stacks), at most `tiles` a block, that keeps
+// the multiprocessors busy the shortest: `blocks_per_split` blocks share a split, over (image,
+// head) and maybe keys.
 inline void plan_tiles(Plan& plan, const AttentionProblem& problem, int units, int tiles,
                        int64_t blocks_per_split, BlockCosts costs) {
   const AttentionShape& shape = problem.in.shape;
   const int strips = int(divide_up<int64_t>(shape.width, kUnitColumns));
-  const int bands = int(divide_up<int64_t>(shape.height, kUnitRows));
+  const int bands = int(divide_up<int64_t>(shape.height, kUnitRows * problem.stack));
   double least = INFINITY;
   Cut best{};
   for (int most = 1; most <= std::min(units, strips); ++most) {
     const int wide = divide_up(strips, divide_up(strips, most));
     const int tall = divide_up(bands, divide_up(bands, units / wide));
     for (int t = tiles; t; t /= 2) {
-      const Cut cut{tall, wide, t};
+      const Cut cut{tall, wide, t, problem.stack};
       cut.apply(plan, strips, bands);
-      double block = plan.tiles_down * tall * wide + costs.start;
+      double block = plan.tiles_down * tall * wide * problem.stack + costs.start;
       if (plan.splits > 1) block += costs.share;
       // 32 cells of the window take as many instructions as six keys' scores of a unit.
       if (problem.bias != Bias::direct)
@@ -133,7 +141,8 @@ inline void plan_tiles(Plan& plan, const AttentionProblem& problem, int units, i
     }
   }
   best.apply(plan, strips, bands);
-  plan.query_pitch = (problem.tensor_cores ? kMaxUnits * kWarp : plan.rows * plan.columns) + 8;
+  plan.query_pitch =
+      (problem.tensor_cores ? kMaxUnits * problem.stack * kWarp : plan.rows * plan.columns) + 8;
 }
 
 // Hands out shared memory.
@@ -151,33 +160,34 @@ struct SharedLayout {
 inline void plan_keys(Plan& plan, const AttentionProblem& problem, int least, int most) {
   plan.key_stage = least;
   while (plan.key_stage < most && plan.key_stage < problem.in.shape.keys) plan.key_stage *= 2;
-  plan.key_pitch = (problem.tensor_cores ? 64 : plan.key_stage) + 8;
-  plan.k_vec = problem.vector_of(problem.in.k, problem.in.shape.keys);
-  plan.v_vec = problem.vector_of(problem.in.v, problem.in.shape.keys);
+  plan.key_pitch = (problem.tensor_cores ? kMaxKeys : plan.key_stage) + 8;
+  const int k_vec = problem.vector_of(problem.in.k, problem.in.shape.keys);
+  const int v_vec = problem.vector_of(problem.in.v, problem.in.shape.keys);
+  plan.key_vec = k_vec && v_vec ? std::min(k_vec, v_vec) : k_vec || v_vec ? 1 : 0;
 }
 
 inline size_t round_up(size_t bytes, size_t to) { return divide_up(bytes, to) * to; }
 
-// kind: see window.cuh. Gradients: a second window for them.
+// Gradients: a second window for them.
 inline void plan_window(Plan& plan, const AttentionProblem& problem, SharedLayout& layout,
-                        Pitch kind, bool gradients) {
+                        Walk kind, bool gradients) {
   if (problem.bias == Bias::direct) return;
   const bool pairs = problem.bias != Bias::unit;
   plan.window_rows = window_cells(plan.y, plan.rows * plan.tiles_down);
   plan.window_columns = window_cells(plan.x, plan.columns);
-  plan.window_pitch =
-      kind == Pitch::fixed ? window_pitch(problem.bias) : plan.window_columns + pairs;
+  plan.window_pitch = kind == Walk::keys ? window_pitch(problem.bias) : plan.window_columns + pairs;
   // Where keys are near each other, rows that start in far banks keep them apart.
-  if (kind == Pitch::least && plan.window_pitch < 64)
+  if (kind == Walk::queries && plan.window_pitch < 64)
     plan.window_pitch += (8 - plan.window_pitch % 32 + 32) % 32;
   if (plan.window_columns + pairs > plan.window_pitch) layout.take(size_t(1) << 30);  // never fits
   const size_t cells = size_t(plan.window_rows) * plan.window_pitch, bytes = problem.acc_bytes();
   plan.at_window =
-      pairs ? layout.take((cells + TableWindow<float, Bias::slope, Pitch::fixed>::kBefore) * 2 *
-                          bytes)
-            : layout.take(cells * bytes);
+      pairs
+          ? layout.take((cells + TableWindow<float, Bias::slope, Walk::keys>::kBefore) * 2 * bytes)
+          : layout.take(cells * bytes);
   if (gradients) plan.at_grad_window = layout.take(round_up(cells, 4) * bytes);
-  plan.at_keys = layout.take(plan.key_stage * 4 * bytes);
+  const int bands = pairs && kind == Walk::keys ? plan.rows / kUnitRows : 0;
+  plan.at_keys = layout.take((plan.key_stage * 4 + kMaxKeys * 2 * bands) * bytes);
 }
 
 // What a plan is made of; the order in best_plan is that of preference.
@@ -194,7 +204,7 @@ Plan best_plan(AttentionProblem& problem, const Device& device, const char* name
   const int half = std::min(device.shared_per_sm / 2 - 1024, device.shared_per_block);
   for (;;) {
     for (const int room : {half, device.shared_per_block})
-      for (const int keys : {64, 32, 16})
+      for (const int keys : {kMaxKeys, kMaxKeys / 2, kMaxKeys / 4})
         for (const int units : {kMaxUnits, 2, 1})
           for (const int buffers : {2, 1})
             for (int tiles = 32; tiles; tiles /= 2) {

@@ -46,11 +46,12 @@ __device__ void combine_and_store(Sums& sums, typename E::Acc scale, typename E:
   const auto store = [&](auto* to) {
     using To = std::remove_pointer_t<decltype(to)>;
     for (int n = threadIdx.x % kWarp; n < count; n += kWarp)
-      each_channel<E::kChannels>(to + n, shape.keys, threadIdx.x / kWarp, kKeyWarps,
-                                 int(shape.head_dim), [&](int c, int i, To* at, bool exists) {
-                                   const A* from = shared + c * pitch + i * pitch + n;
-                                   if (exists) *at = from_acc<To>(*from * scale);
-                                 });
+      each_channel<E::kChannels>(
+          int(threadIdx.x / kWarp), kKeyWarps, int(shape.head_dim),
+          [&](const A* from, To* at, bool exists) {
+            if (exists) *at = from_acc<To>(*from * scale);
+          },
+          Channels<const A, To>{shared + n, pitch, to + n, shape.keys});
   };
   if (partial)
     store(static_cast<A*>(partial) + place.split * all + base);
@@ -125,7 +126,7 @@ struct WholeTile {
       sums.clear();
       sums.add_stored(grads + slot, E::query_pitch(plan), k, E::key_pitch(plan), plan.key_stage);
       const float scale = float(p.in.shape.scale);
-      const float factor[kUnitRows] = {scale, scale, scale, scale};
+      const typename E::Rows factor = {{scale, scale, scale, scale}};
       sums.scale(factor);
       sums.store(q + slot, E::query_pitch(plan));
     });
@@ -161,8 +162,9 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
     S* grads = reinterpret_cast<S*>(shared + plan.at_grads);
     S* exchange = reinterpret_cast<S*>(shared + plan.at_scratch) + warp * E::kScratch;
     const RowStatistics<A> rows(shared + plan.at_rows, plan);
-    load_keys_and_values<E>(k, v, in, plan, at, place.first_key);
-    Scorer<E, kBias, Pitch::least> scorer(in, plan, at, shared);
+    load_keys<E>(k, v, key_lists<T>(in, at), in, plan, place.first_key);
+    commit_copies();
+    Scorer<E, kBias, Walk::queries> scorer(in, plan, at, shared);
     scorer.load();
     const TableGradient<E, kBias> table(p, plan, scratch, place, shared);
     table.clear();

@@ -40,9 +40,8 @@ __device__ void row_sums(typename E::Acc* rows, typename E::Acc* delta,
 
 // Gradient of the dense bias; added up where the bias is broadcast.
 template <class E>
-__device__ void store_grad_bias(const typename E::Acc (&grad)[kUnitRows][E::kTiles][2],
-                                const AttentionBackward& p, const BlockPlace& at, UnitPlace unit,
-                                int key) {
+__device__ void store_grad_bias(const typename E::Scores& grad, const AttentionBackward& p,
+                                const BlockPlace& at, UnitPlace unit, int key) {
   using A = typename E::Acc;
   const AttentionShape& shape = p.in.shape;
   const bool alone =
@@ -58,9 +57,9 @@ __device__ void store_grad_bias(const typename E::Acc (&grad)[kUnitRows][E::kTil
       if (row >= shape.height || column >= shape.width || n >= shape.keys) continue;
       A* to = all + (int64_t(row) * shape.width + column) * shape.keys + n;
       if (alone)
-        *to = grad[r][i / 2][i % 2];
+        *to = grad[0][r][i / 2][i % 2];
       else
-        atomicAdd(to, grad[r][i / 2][i % 2]);
+        atomicAdd(to, grad[0][r][i / 2][i % 2]);
     }
   }
 }
@@ -101,22 +100,23 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
       const int row = origin.row + unit.row, column = origin.column + unit.column + E::g();
       const bool active = row < shape.height && column - E::g() < shape.width;
       const UnitPlace in_block(tile * plan.rows + unit.row, unit.column);
-      A shift[kUnitRows];  // minus the log-sum-exp, as an exponent of 2
+      typename E::Rows shift, start = {};  // minus the log-sum-exp, as exponent of 2 and product
 #pragma unroll
       for (int r = 0; r < kUnitRows; ++r) {
         const int64_t i = at.batch_head * shape.queries() + (row + r) * shape.width + column;
         const bool inside = row + r < shape.height && column < shape.width;
-        shift[r] = inside ? static_cast<const A*>(p.lse)[i] * A(-kLog2e) : A(0);
+        shift[0][r] = inside ? static_cast<const A*>(p.lse)[i] * A(-kLog2e) : A(0);
+        if (kStartsShifted<E, kBias>) start[0][r] = shift[0][r] * scorer.inverse_factor();
       }
       typename E::Sums sums;
       sums.clear();
       stages.walk(scorer, tile, [&](const S* k, const S* v, int first, int count) {
         for (int chunk = 0; chunk < count && active; chunk += 8 * E::kTiles) {
-          const int tiles = min(int(unsigned(count - chunk + 7) / 8), E::kTiles);
-          A s[kUnitRows][E::kTiles][2], grad[kUnitRows][E::kTiles][2];
+          const int left = count - chunk, tiles = min(int(unsigned(left + 7) / 8), E::kTiles);
+          typename E::Scores s, grad;
           E::scores(s, typename E::Queries(q + slot, E::query_pitch(plan)), k + chunk,
-                    E::key_pitch(plan), tiles);
-          exponents<E, kBias>(s, shift, scorer, in_block, first, chunk, tiles);
+                    E::key_pitch(plan), tiles, start);
+          exponents<E, kBias>(s, shift, scorer, in_block, first, chunk, left, tiles);
           E::scores(grad, typename E::Queries(grad_out + slot, E::query_pitch(plan)), v + chunk,
                     E::key_pitch(plan), tiles);
           if (shape.dropout_p > 0) drop_weights<E>(grad, in, at, in_block, first + chunk);
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
             const A delta = rows[slot + r * kUnitColumns + E::g()];
 #pragma unroll
             for (int i = 0; i < E::kTiles * 2; ++i) {
-              const A weight = fast_exp2(s[r][i / 2][i % 2]);
-              A& value = grad[r][i / 2][i % 2];
+              const A weight = fast_exp2(s[0][r][i / 2][i % 2]);
+              A& value = grad[0][r][i / 2][i % 2];
               value = i / 2 < tiles ? softmax_vjp(weight, value, delta) : A(0);
             }
           }
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
         }
       });
       const A scale = A(shape.scale);
-      const A factor[kUnitRows] = {scale, scale, scale, scale};
+      const typename E::Rows factor = {{scale, scale, scale, scale}};
       sums.scale(factor);
       sums.store(q + slot, E::query_pitch(plan));
       __syncthreads();

@@ -1,11 +1,11 @@
 // deform_attention, forward.
 //
-// A block owns a tile of queries of one (image, head), a warp a unit of it: 4 rows of 8 columns,
-// whose queries and sums stay in registers. The block walks over the keys, up to 64 in shared
-// memory at a time; with more of them, the next ones are on their way while these are used. A warp
-// takes a few tiles of 8 keys at a time: products q k, bias, running maximum and sum, products with
-// v (mma.cuh and simt.cuh say which lane holds what). q is replaced by out in shared memory, so
-// that global memory sees straight copies only.
+// A block owns a tile of queries of one (image, head), a warp a unit of it, 4 rows of 8 columns, or
+// a stack of two, whose queries and sums stay in registers. The block walks over the keys, up to 64
+// in shared memory at a time; with more of them, the next ones are on their way while these are
+// used. A warp takes a few tiles of 8 keys at a time: products q k, bias, weights and their sums,
+// products with v (mma.cuh and simt.cuh say which lane holds what). q is replaced by out in shared
+// memory, so that global memory sees straight copies only.
 //
 // Barriers: two for each load of keys, one after loading and one after use; one before out is
 // stored. Shared memory: plan.h.
@@ -15,88 +15,105 @@
 
 namespace dat::cuda {
 
-// Running softmax of the four queries that a lane holds of its column. Weights are relative to a
-// reference, an exponent of 2, that is 0 until scores are found kSlack above it, or, while a row
-// has no weight yet, below: moving it costs shuffles and a pass over the sums, and weights up to
-// 2^kSlack do no harm in any dtype.
+// Running softmax of the queries that a lane holds of its column. Weights are relative to a
+// reference, an exponent of 2, that is 0 until a step's sums are found above 2^kSlack, or, while a
+// row has no weight yet, below 2^-kSlack: moving it costs the step two more computations of its
+// scores, and weights up to 2^kSlack do no harm in any dtype.
 template <class E>
 struct RunningSoftmax {
   using A = typename E::Acc;
-  using Exponents = A[kUnitRows][E::kTiles][2];
-  static constexpr float kSlack = 8, kFar = 1024;
-  A shift[kUnitRows];  // minus the reference
-  A sum[kUnitRows];    // of this lane's keys
-  A floor;             // below it the reference moves down; -inf once all rows have weights
+  using Rows = typename E::Rows;
+  using Scores = typename E::Scores;
+  static constexpr int kRows = E::kStack * kUnitRows, kSlack = 8, kFar = 1024;
+  Rows shift;  // minus the reference
+  Rows start;  // the same as a product q k
+  Rows sum;    // of this lane's keys
+  A least;     // sums below it move the reference; 0 once all rows have weights
 
-  __device__ RunningSoftmax() : floor(-kSlack) {
+  __device__ RunningSoftmax() : shift{}, start{}, sum{}, least(A(1) / (1 << kSlack)) {}
+
+  // Exponents become weights; `sum` are those of this step.
+  __device__ static void weigh(Scores& s, Rows& sum, int tiles) {
+    // Two tiles are taken as they are: the mask makes zeros of keys that are not there.
+    constexpr bool kAll = E::kTiles == 2;
 #pragma unroll
-    for (int r = 0; r < kUnitRows; ++r) shift[r] = sum[r] = 0;
+    for (int nt = 0; nt < E::kTiles; ++nt) {
+      if (!kAll && nt >= tiles) continue;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        A(&own)[2] = s[r / kUnitRows][r % kUnitRows][nt];
+        A& to = sum[r / kUnitRows][r % kUnitRows];
+        own[0] = fast_exp2(own[0]), own[1] = fast_exp2(own[1]);
+        to = nt ? to + own[0] + own[1] : own[0] + own[1];
+      }
+    }
+    if constexpr (!kAll) {
+      if (tiles == E::kTiles) return;
+#pragma unroll
+      for (int nt = 1; nt < E::kTiles; nt += 2)  // products take tiles in twos
+#pragma unroll
+        for (int i = 0; i < kRows * 2; ++i)
+          if (nt >= tiles) s[i / 2 / kUnitRows][i / 2 % kUnitRows][nt][i % 2] = 0;
+    }
   }
 
-  // Moves the reference where exponents, relative to it, ask for that. Returns whether they are as
-  // they should be; if not, they have to be computed again.
-  template <class Sums>
-  __device__ bool settle(Exponents& s, Sums& sums) {
-    A highest[kUnitRows];
+  // Whether the reference may stay with these sums of a step, for all lanes. NaN does not move it.
+  __device__ bool settled(const Rows& sum) {
+    A top = sum[0][0], bottom = least;
 #pragma unroll
-    for (int r = 0; r < kUnitRows; ++r) {
-      highest[r] = s[r][0][0];
+    for (int r = 1; r < kRows; ++r) top = max(top, (&sum[0][0])[r]);
+    if (least > 0) {
 #pragma unroll
-      for (int i = 1; i < E::kTiles * 2; ++i) highest[r] = max(highest[r], (&s[r][0][0])[i]);
+      for (int r = 0; r < kRows; ++r) bottom = min(bottom, (&sum[0][0])[r]);
     }
-    const A top = max(max(highest[0], highest[1]), max(highest[2], highest[3]));
-    const A bottom = min(min(highest[0], highest[1]), min(highest[2], highest[3]));
-    if (__any_sync(kAllLanes, top > A(kSlack) || bottom < floor)) return move(s, highest, sums);
-    floor = -INFINITY;
+    if (__any_sync(kAllLanes, top > A(1 << kSlack) || bottom < least)) return false;
+    least = 0;
     return true;
   }
 
-  template <class Sums>
-  __device__ bool move(Exponents& s, const A (&highest)[kUnitRows], Sums& sums) {
-    A factor[kUnitRows];
-    bool empty = false, far = false;
+  __device__ void accept(const Rows& more) {
 #pragma unroll
-    for (int r = 0; r < kUnitRows; ++r) {
-      const A top = max_lanes(highest[r], E::kKeyLanes);
-      const bool fresh = sum_lanes(sum[r], E::kKeyLanes) == 0;
-      // Of rows that are masked so far: any will do.
-      const A by = fresh && top > A(-INFINITY) ? top : max(top, A(0));
-      empty |= fresh && !(top > A(-INFINITY));
-      // Exponents have lost digits to a reference that far away.
-      far |= by > A(kFar) || by < A(-kFar);
-      shift[r] -= by;
-      factor[r] = fresh ? A(1) : fast_exp2(-by);
-      sum[r] *= factor[r];
-#pragma unroll
-      for (int i = 0; i < E::kTiles * 2; ++i) (&s[r][0][0])[i] -= by;
-    }
-    sums.scale(factor);
-    far = __any_sync(kAllLanes, far);
-    floor = __any_sync(kAllLanes, empty) || far ? A(-kSlack) : A(-INFINITY);
-    return !far;
+    for (int r = 0; r < kRows; ++r) (&sum[0][0])[r] += (&more[0][0])[r];
   }
 
-  // Exponents become weights.
-  __device__ void weigh(Exponents& s) {
+  // Moves the reference to the sums with these exponents, which are relative to it and have to be
+  // computed again. Returns whether it moved so far that they had lost digits.
+  template <class Sums>
+  __device__ bool move(const Scores& s, Sums& sums, A inverse_factor) {
+    Rows factor;
+    bool empty = false, far = false;
 #pragma unroll
-    for (int r = 0; r < kUnitRows; ++r)
+    for (int r = 0; r < kRows; ++r) {
+      const auto& own = s[r / kUnitRows][r % kUnitRows];
+      A& sum_of = (&sum[0][0])[r];
+      A highest = own[0][0];
 #pragma unroll
-      for (int i = 0; i < E::kTiles * 2; ++i) {
-        A& weight = (&s[r][0][0])[i];
-        weight = fast_exp2(weight);
-        sum[r] += weight;
-      }
+      for (int i = 1; i < E::kTiles * 2; ++i) highest = max(highest, own[i / 2][i % 2]);
+      const A top = max_lanes(highest, E::kKeyLanes), total = sum_lanes(sum_of, E::kKeyLanes);
+      const bool fresh = total == 0, masked = fresh && !(top > A(-INFINITY));
+      const A by = masked ? A(0) : fresh ? top : max(top, A(0));
+      empty |= masked;
+      far |= by > A(kFar) || by < A(-kFar);
+      (&shift[0][0])[r] -= by;
+      (&start[0][0])[r] = (&shift[0][0])[r] * inverse_factor;
+      const A by_factor = fresh ? A(1) : fast_exp2(-by);
+      (&factor[0][0])[r] = by_factor;
+      sum_of *= by_factor;
+    }
+    sums.scale(factor);
+    if (!__any_sync(kAllLanes, empty)) least = 0;
+    return __any_sync(kAllLanes, far);
   }
 
   // Normalises; the log-sum-exp in natural units.
   template <class Sums>
-  __device__ void finish(A (&lse)[kUnitRows], Sums& sums) {
-    A factor[kUnitRows];
+  __device__ void finish(Rows& lse, Sums& sums) {
+    Rows factor;
 #pragma unroll
-    for (int r = 0; r < kUnitRows; ++r) {
-      const A total = sum_lanes(sum[r], E::kKeyLanes);
-      factor[r] = fast_reciprocal(total);
-      lse[r] = (fast_log2(total) - shift[r]) * A(kLn2);
+    for (int r = 0; r < kRows; ++r) {
+      const A total = sum_lanes((&sum[0][0])[r], E::kKeyLanes);
+      (&factor[0][0])[r] = fast_reciprocal(total);
+      (&lse[0][0])[r] = (fast_log2(total) - (&shift[0][0])[r]) * A(kLn2);
     }
     sums.scale(factor);
   }
@@ -115,10 +132,13 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
     const AttentionShape& shape = in.shape;
     const BlockPlace at(shape, plan, blockIdx.x);
     const int warp = threadIdx.x / kWarp;
-    const UnitPlace unit(plan, warp);
+    const UnitPlace unit(plan, warp, E::kStack);
 
     S* q = reinterpret_cast<S*>(shared + plan.at_q);
-    S* own = q + warp * kWarp;
+    S* own = q + unit.slot(plan);
+    const int below = plan.columns * kUnitRows;
+    int drops = shape.dropout_p > 0;
+    asm volatile("" : "+r"(drops));  // lest float64 is compared in the loop
     S* scratch = reinterpret_cast<S*>(shared + plan.at_scratch) + warp * E::kScratch;
     KeyStages<E> stages(in, plan, at, shared);
     Scorer<E, kBias> scorer(in, plan, at, shared);
@@ -135,31 +155,46 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
       typename E::Sums sums;
       sums.clear();
       RunningSoftmax<E> softmax;
+      typename E::Queries queries;
       stages.walk(scorer, tile, [&](const S* k, const S* v, int first, int count) {
         if (!active) return;
-        const typename E::Queries queries(own, E::query_pitch(plan));
-        for (int chunk = 0; chunk < count; chunk += 8 * E::kTiles) {
-          const int tiles = min(int(unsigned(count - chunk + 7) / 8), E::kTiles);
-          A s[kUnitRows][E::kTiles][2];
-          // Again where the reference moved far: once more if its new place was rounded.
-          for (int attempt = 0; attempt < 4; ++attempt) {
-            E::scores(s, queries, k + chunk, E::key_pitch(plan), tiles);
-            exponents<E, kBias>(s, softmax.shift, scorer, in_block, first, chunk, tiles);
-            if (softmax.settle(s, sums)) break;
+        // Kept for all keys where there are registers for it.
+        if (first == 0 || E::kStack == 1) queries = {own, E::query_pitch(plan), below};
+        // A step is repeated where the reference has to move: to see where to, then with weights.
+        // tries: 0, -1 and on for looks, 1 for weights after that.
+        int tries = 0;
+        for (int chunk = 0; chunk < count;) {
+          const int left = count - chunk, tiles = min(int(unsigned(left + 7) / 8), E::kTiles);
+          typename E::Scores s;
+          typename E::Rows zeros = {};
+          E::scores(s, queries, k + chunk, E::key_pitch(plan), tiles,
+                    kStartsShifted<E, kBias> ? softmax.start : zeros);
+          exponents<E, kBias>(s, softmax.shift, scorer, in_block, first, chunk, left, tiles);
+          if (tries < 0) {
+            const bool again = softmax.move(s, sums, scorer.inverse_factor()) && tries > -4;
+            tries = again ? tries - 1 : 1;
+            continue;
           }
-          softmax.weigh(s);
-          if (shape.dropout_p > 0) drop_weights<E>(s, in, at, in_block, first + chunk);
+          typename E::Rows sum;
+          softmax.weigh(s, sum, tiles);
+          if (!tries && !softmax.settled(sum)) {
+            tries = -1;
+            continue;
+          }
+          softmax.accept(sum);
+          if (drops) drop_weights<E>(s, in, at, in_block, first + chunk);
           sums.add(s, v + chunk, E::key_pitch(plan), tiles, scratch);
+          chunk += 8 * E::kTiles, tries = 0;
         }
       });
-      A lse[kUnitRows];
+      typename E::Rows lse;
       softmax.finish(lse, sums);
-      sums.store(own, E::query_pitch(plan));
+      sums.store(own, E::query_pitch(plan), below);
       A* to = static_cast<A*>(p.lse) + at.batch_head * shape.queries() + row * shape.width + column;
       const int rows = E::t() == 0 && column < shape.width ? int(shape.height) - row : 0;
 #pragma unroll
-      for (int r = 0; r < kUnitRows; ++r, to += shape.width)
-        if (r < rows) *to = lse[r];
+      for (int r = 0; r < softmax.kRows; ++r, to += shape.width)
+        if (r < rows) *to = (&lse[0][0])[r];
       __syncthreads();
       T* out = static_cast<T*>(p.out.data) + at.batch_head * shape.head_dim * shape.queries();
       store_queries<E>(out, q, shape, plan, origin, plan.out_vec);

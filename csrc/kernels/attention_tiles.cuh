@@ -13,7 +13,8 @@ namespace dat::cuda {
 
 // Blocks of a multiprocessor that registers are left for.
 template <class E>
-constexpr int kResident = E::kChannels <= 32   ? 3
+constexpr int kResident = E::kStack > 1        ? 2
+                          : E::kChannels <= 32 ? 3
                           : E::kChannels <= 64 ? 2
                                                : 1;
 
@@ -43,21 +44,13 @@ __device__ const T* head_data(const MapView& view, const AttentionShape& shape,
          at.head * shape.head_dim * view.channel;
 }
 
-// Asynchronous. A loop, so that the code for all kinds of copies is there once.
-template <class E>
-__device__ void load_keys_and_values(typename E::Shared* k, typename E::Shared* v,
-                                     const AttentionInputs& in, const Plan& plan,
-                                     const BlockPlace& at, int first) {
-#pragma unroll 1
-  for (int i = 0; i < 2; ++i) {
-    const MapView view = i ? in.v : in.k;
-    load_keys<E>(i ? v : k, head_data<typename E::Storage>(view, in.shape, at), view, in.shape,
-                 plan, first, i ? plan.v_vec : plan.k_vec);
-  }
-  commit_copies();
+template <class T>
+__device__ KeyLists<T> key_lists(const AttentionInputs& in, const BlockPlace& at) {
+  return {head_data<T>(in.k, in.shape, at), head_data<T>(in.v, in.shape, at)};
 }
 
-// The same for tiles of q, grad_out, and out where it is given.
+// Tiles of q, grad_out, and out where it is given. Asynchronous. A loop, so that the code for all
+// kinds of copies is there once.
 template <class E>
 __device__ void load_query_tiles(typename E::Shared* q, typename E::Shared* grad_out,
                                  typename E::Shared* out, const AttentionBackward& p,
@@ -76,10 +69,11 @@ __device__ void load_query_tiles(typename E::Shared* q, typename E::Shared* grad
 }
 
 // Products of a warp's unit with some tiles of keys become scores: scaled and with their bias.
-template <class E, Bias kBias, Pitch kPitch = Pitch::fixed>
+template <class E, Bias kBias, Walk kWalk = Walk::keys>
 struct Scorer {
   using A = typename E::Acc;
-  using Window = TableWindow<A, kBias == Bias::direct ? Bias::unit : kBias, kPitch>;
+  using Window = TableWindow<A, kBias == Bias::direct ? Bias::unit : kBias, kWalk,
+                             (kBias == Bias::slope ? E::kStack : 1) * kUnitRows>;
 
   const AttentionInputs& in;
   const Plan& plan;
@@ -116,9 +110,11 @@ struct Scorer {
     }
   }
 
-  // Keys from `first` on. The block meets in here.
-  __device__ void stage(int first) {
+  // Keys from `first` on, for the tile that starts at row `tile_row` of the block's queries. The
+  // block meets in here.
+  __device__ void stage(int first, int tile_row = 0) {
     if constexpr (kBias != Bias::direct) {
+      window.tile_row = tile_row;
       bool mine = false;
       for (int n = threadIdx.x; n < plan.key_stage; n += blockDim.x) {
         const bool real = first + n < in.shape.keys;
@@ -157,8 +153,9 @@ struct Scorer {
                        (i * in.shape.width + j) * in.bias.query + key * in.bias.key]);
   }
 
-  // From products q k to the exponent of 2.
+  // From products q k to the exponent of 2, and back.
   __device__ A factor() const { return sizeof(A) == 8 ? plan.factor : plan.narrow_factor; }
+  __device__ A inverse_factor() const { return A(plan.inverse_factor); }
 };
 
 // Which weights dropout keeps: counter-based, see math/random.h.
@@ -202,7 +199,8 @@ struct KeyStages {
   // Keys from `first` on, to one of the buffers.
   __device__ void load(int first, int buffer) const {
     const int to = buffer * E::kChannels * E::key_pitch(plan);
-    load_keys_and_values<E>(k + to, v + to, in, plan, at, first);
+    load_keys<E>(k + to, v + to, key_lists<T>(in, at), in, plan, first);
+    commit_copies();
   }
 
   // Calls use(k, v, first key, number of keys) for every stage. Stage 0 is loaded for tile 0 by the
@@ -214,8 +212,8 @@ struct KeyStages {
     for (int first = 0, buffer = 0; first < keys; first += stage) {
       if (first && plan.buffers == 1) load(first, 0);
       wait_for_copies<0>();
-      if (tile == 0 || keys > stage)
-        scorer.stage(first);
+      if (tile == 0 || keys > stage || Scorer::Window::kBands)
+        scorer.stage(first, tile * plan.rows);
       else
         __syncthreads();
       if (plan.buffers == 2 && first + stage < keys) load(first + stage, buffer ^ 1);
@@ -232,95 +230,121 @@ struct UnitPlace {
   int row, column;
 
   __device__ UnitPlace(int row_, int column_) : row(row_), column(column_) {}
-  __device__ UnitPlace(const Plan& plan, int unit) {
+  // The first of a stack of units.
+  __device__ UnitPlace(const Plan& plan, int index, int stack = 1) {
     const unsigned across = unsigned(plan.columns) / kUnitColumns;
-    row = int(unsigned(unit) / across * kUnitRows);
-    column = int(unsigned(unit) % across * kUnitColumns);
+    row = int(unsigned(index) / across * stack * kUnitRows);
+    column = int(unsigned(index) % across * kUnitColumns);
+  }
+  // Where its queries start among those of the tile.
+  __device__ int slot(const Plan& plan) const {
+    return row * plan.columns + column / kUnitColumns * kWarp;
   }
 };
 
-// A score in natural units as an exponent of 2; finite ones stay finite.
-template <class A>
-__device__ __forceinline__ A as_exponent(A score) {
-  const A most = sizeof(A) == 4 ? A(3.4028234663852886e38) : A(1.7976931348623157e308);
-  const A exponent = score * A(kLog2e);
-  if (exponent > most && score <= most) return most;
-  if (exponent < -most && score >= -most) return -most;
-  return exponent;
+// Adds to exponents of keys from first + chunk on what the window does not hold.
+template <class E, class Scorer>
+__device__ void add_unusual(typename E::Scores& s, const Scorer& scorer, UnitPlace unit, int first,
+                            int chunk, int tiles) {
+  using A = typename E::Acc;
+  constexpr int kRows = E::kStack * kUnitRows;
+  const int column = unit.column + E::g();
+#pragma unroll 1
+  for (int i = 0; i < tiles * 2; ++i) {
+    const int n = chunk + i / 2 * 8 + 2 * E::t() + i % 2;
+    // Selected, not indexed: registers have no addresses.
+    A extra[kRows];
+#pragma unroll 1
+    for (int r = 0; r < kRows; ++r) {
+      const A value = as_exponent(scorer.unusual(first, n, unit.row + r, column));
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) extra[j] = j == r ? value : extra[j];
+    }
+#pragma unroll
+    for (int j = 0; j < E::kTiles * 2; ++j)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (j == i) s[r / kUnitRows][r % kUnitRows][j / 2][j % 2] += extra[r];
+  }
 }
 
-// Products q k become exponents of 2: scaled, with their bias and `shift` of the query's row. -inf
-// for keys past the last.
+// Whether products q k start at the row's shift, which saves an addition; only beside a window.
 template <class E, Bias kBias>
-__device__ void exponents(typename E::Acc (&s)[kUnitRows][E::kTiles][2],
-                          const typename E::Acc (&shift)[kUnitRows], const Scorer<E, kBias>& scorer,
-                          UnitPlace unit, int first, int chunk, int tiles) {
+constexpr bool kStartsShifted = E::kStarts && kBias != Bias::direct;
+
+// Products q k become exponents of 2: scaled, with their bias and `shift` of the query's row. In
+// full precision it is added last: the exponent that the reference is becomes 0, and the weight of
+// a query's only key 1. Keys from first + chunk on, `left` of which are there: -inf for others.
+template <class E, Bias kBias>
+__device__ void exponents(typename E::Scores& s, const typename E::Rows& shift,
+                          const Scorer<E, kBias>& scorer, UnitPlace unit, int first, int chunk,
+                          int left, int tiles) {
   using A = typename E::Acc;
+  using Window = typename Scorer<E, kBias>::Window;
+  constexpr int kRows = E::kStack * kUnitRows;
   const A factor = scorer.factor();
-  const int column = unit.column + E::g(), left = int(scorer.in.shape.keys) - first - chunk;
+  const int column = unit.column + E::g();
+  const auto row_of = [&](int r) -> auto& { return s[r / kUnitRows][r % kUnitRows]; };
 #pragma unroll
   for (int nt = 0; nt < E::kTiles; ++nt) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       // Of 49 keys the last tile has one.
-      if (e == 0 ? nt < tiles : nt * 8 + 1 < left) {
-        A bias[kUnitRows];
+      if (e == 0 || E::kStack > 1 ? nt && nt >= tiles : nt * 8 + 1 >= left) continue;
 #pragma unroll
-        for (int r = 0; r < kUnitRows; ++r) bias[r] = shift[r];
+      for (int first_row = 0; first_row < kRows; first_row += Window::kRows) {
+        A bias[Window::kRows] = {};
         if constexpr (kBias != Bias::direct)
-          typename Scorer<E, kBias>::Window::Taps(scorer.window, chunk + nt * 8 + 2 * E::t() + e,
-                                                  unit.row, column)
-              .add(bias);
+          typename Window::Taps(scorer.window, chunk + nt * 8 + 2 * E::t() + e,
+                                unit.row + first_row, column)
+              .template add<true>(bias);
 #pragma unroll
-        for (int r = 0; r < kUnitRows; ++r) s[r][nt][e] = fused(s[r][nt][e], factor, bias[r]);
+        for (int r = 0; r < Window::kRows; ++r) {
+          A& value = row_of(first_row + r)[nt][e];
+          const bool shifts = E::kStarts && !kStartsShifted<E, kBias>;
+          value = fused(value, factor, shifts ? shift[0][r] : bias[r]);
+        }
       }
     }
-    if (nt * 8 + 8 > left) {
+  }
+  if (left < E::kTiles * 8) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
+    for (int nt = 0; nt < E::kTiles; ++nt) {
+      if (nt * 8 + 8 <= left) continue;
 #pragma unroll
-        for (int r = 0; r < kUnitRows; ++r)
-          if (nt * 8 + 2 * E::t() + e >= left) s[r][nt][e] = -INFINITY;
+      for (int i = 0; i < kRows * 2; ++i)
+        if (nt * 8 + 2 * E::t() + i % 2 >= left) row_of(i / 2)[nt][i % 2] = -INFINITY;
     }
   }
-  if (!scorer.has_unusual()) return;
-#pragma unroll 1
-  for (int i = 0; i < E::kTiles * 2; ++i) {
-    const int n = chunk + i / 2 * 8 + 2 * E::t() + i % 2;
-    if (i / 2 >= tiles) break;
-    // Selected, not indexed: registers have no addresses.
-    A extra[kUnitRows];
-#pragma unroll 1
-    for (int r = 0; r < kUnitRows; ++r) {
-      const A value = as_exponent(scorer.unusual(first, n, unit.row + r, column));
+  if (scorer.has_unusual()) add_unusual<E>(s, scorer, unit, first, chunk, tiles);
+  if constexpr (!E::kStarts) {
 #pragma unroll
-      for (int j = 0; j < kUnitRows; ++j) extra[j] = j == r ? value : extra[j];
-    }
+    for (int r = 0; r < kRows; ++r)
 #pragma unroll
-    for (int j = 0; j < E::kTiles * 2; ++j)
-#pragma unroll
-      for (int r = 0; r < kUnitRows; ++r)
-        if (j == i) s[r][j / 2][j % 2] += extra[r];
+      for (int i = 0; i < E::kTiles * 2; ++i) row_of(r)[i / 2][i % 2] += shift[0][r];
   }
 }
 
 template <class E>
-__device__ void drop_weights(typename E::Acc (&p)[kUnitRows][E::kTiles][2],
-                             const AttentionInputs& in, const BlockPlace& at, UnitPlace unit,
-                             int key) {
-  constexpr int kKeys = E::kTiles * 2;
+__device__ void drop_weights(typename E::Scores& p, const AttentionInputs& in, const BlockPlace& at,
+                             UnitPlace unit, int key) {
+  constexpr int kKeys = E::kTiles * 2, kOfUnit = kUnitRows * kKeys;
+  static_assert(kOfUnit <= 32);
   const Dropper dropper(in, at.batch_head);
-  const int64_t first =
+  int64_t first =
       int64_t(at.origin.row + unit.row) * in.shape.width + at.origin.column + unit.column + E::g();
-  unsigned kept = 0;
-#pragma unroll 1
-  for (int i = 0; i < kUnitRows * kKeys; ++i) {
-    const int n = key + i % kKeys / 2 * 8 + 2 * E::t() + i % 2;
-    kept |= unsigned(dropper.keeps(first + i / kKeys * in.shape.width, n)) << i;
-  }
 #pragma unroll
-  for (int i = 0; i < kUnitRows * kKeys; ++i)
-    (&p[0][0][0])[i] *= typename E::Acc(kept >> i & 1 ? dropper.rule.scale : 0.);
+  for (int u = 0; u < E::kStack; ++u, first += kUnitRows * in.shape.width) {
+    unsigned kept = 0;
+#pragma unroll 1
+    for (int i = 0; i < kOfUnit; ++i) {
+      const int n = key + i % kKeys / 2 * 8 + 2 * E::t() + i % 2;
+      kept |= unsigned(dropper.keeps(first + i / kKeys * in.shape.width, n)) << i;
+    }
+#pragma unroll
+    for (int i = 0; i < kOfUnit; ++i)
+      (&p[u][0][0][0])[i] *= typename E::Acc(kept >> i & 1 ? dropper.rule.scale : 0.);
+  }
 }
 
 }  // namespace dat::cuda

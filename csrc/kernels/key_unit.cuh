@@ -55,10 +55,10 @@ struct KeyUnit {
   using A = typename E::Acc;
   using Scores = A[kUnitRows][2][2];  // [row][key g + 8 k][column 2 t + c]
 
-  using Window = typename Scorer<E, kBias, Pitch::least>::Window;
+  using Window = typename Scorer<E, kBias, Walk::queries>::Window;
   using Taps = typename Window::Taps;
 
-  const Scorer<E, kBias, Pitch::least>& scorer;
+  const Scorer<E, kBias, Walk::queries>& scorer;
   const KeyPlace& place;
   int key;     // first of the warp's, counted from the block's
   int row;     // of the unit, from the block's first query

@@ -12,79 +12,92 @@
 
 namespace dat::cuda {
 
-// kTiles_: how many tiles of 8 keys a step of the loop over keys takes.
-template <class T, int kChannels_, int kTiles_ = 4>
+// kTiles_: how many tiles of 8 keys a step of the loop over keys takes. kStack_: how many units,
+// one below the other, a warp takes at a time in the forward.
+template <class T, int kChannels_, int kTiles_ = 4, int kStack_ = 1>
 struct Mma {
   using Storage = T;  // in global memory
   using Shared = T;
   using Acc = float;
   static constexpr bool kTensorCores = true;
   static constexpr int kChannels = kChannels_;
-  static constexpr int kTiles = kTiles_;
-  using Short = Mma<T, kChannels_, 2>;  // the same with shorter steps, in fewer registers
-  static constexpr int kScratch = 0;    // values of shared memory for each warp
-  static constexpr int kKeyLanes = 3;   // bits of the lane that tell keys of a query apart
+  static constexpr int kTiles = kTiles_, kStack = kStack_;
+  using Short = Mma<T, kChannels_, 2>;    // the same with shorter steps, in fewer registers
+  using Tall = Mma<T, kChannels_, 2, 2>;  // and with two units
+  static constexpr int kScratch = 0;      // values of shared memory for each warp
+  static constexpr int kKeyLanes = 3;     // bits of the lane that tell keys of a query apart
   static constexpr int kSteps = kChannels / 16;
 
   // Between channels in shared memory: such that eight of them start in different banks, and known
   // to the compiler.
-  static constexpr int kQueryPitch = kMaxUnits * kWarp + 8, kKeyPitch = 64 + 8;
+  static constexpr int kQueryPitch = kStack * kMaxUnits * kWarp + 8, kKeyPitch = kMaxKeys + 8;
   __device__ static int query_pitch(const Plan&) { return kQueryPitch; }
   __device__ static int key_pitch(const Plan&) { return kKeyPitch; }
 
   __device__ static int g() { return threadIdx.x % kWarp / 4; }
   __device__ static int t() { return threadIdx.x % 4; }
 
-  // Queries of a unit as the left operand. Kept in registers where there is room.
+  // What there is of a unit's queries in the units of a stack.
+  using Rows = float[kStack][kUnitRows];
+  using Scores = float[kStack][kUnitRows][kTiles][2];
+
+  // Queries as the left operand. Kept in registers where there is room.
   struct Queries {
     static constexpr bool kKept = kChannels <= 32;
-    unsigned m[kKept ? kSteps : 1][2][4];
+    using Operand = unsigned[kStack][2][4];
+    Operand m[kKept ? kSteps : 1];
     unsigned address;
-    int pitch;
+    int pitch, below;
 
-    // unit: channel 0, first row and column.
-    __device__ Queries(const T* unit, int pitch_) : pitch(pitch_) {
+    Queries() = default;
+    // unit: channel 0, first row and column; the next one of the stack starts `below` values on.
+    __device__ Queries(const T* unit, int pitch_, int below_ = 0) : pitch(pitch_), below(below_) {
       const int lane = threadIdx.x % kWarp;
       const int c = lane % 8 + lane / 16 * 8, row = lane / 8 % 2;
       address = shared_address(unit + c * pitch + row * kUnitColumns);
       if constexpr (kKept)
         for (int k = 0; k < kSteps; ++k) load(m[k], k);
     }
-    __device__ void load(unsigned (&to)[2][4], int k) const {
-      const unsigned at = address + k * 16 * pitch * int(sizeof(T));
-      load_matrices<true>(to[0], at);
-      load_matrices<true>(to[1], at + 2 * kUnitColumns * int(sizeof(T)));
+    __device__ void load(Operand& to, int k) const {
+#pragma unroll
+      for (int u = 0; u < kStack; ++u) {
+        const unsigned at = address + (k * 16 * pitch + u * below) * int(sizeof(T));
+        load_matrices<true>(to[u][0], at);
+        load_matrices<true>(to[u][1], at + 2 * kUnitColumns * int(sizeof(T)));
+      }
     }
   };
 
-  // s = q k for `tiles` tiles of keys from key 0 of `keys` on.
-  __device__ static void scores(float (&s)[kUnitRows][kTiles][2], const Queries& q, const T* keys,
-                                int pitch, int tiles) {
+  // s = start of the row + q k, for `tiles` tiles of keys from key 0 of `keys` on.
+  static constexpr bool kStarts = true;
+  __device__ static void scores(Scores& s, const Queries& q, const T* keys, int pitch, int tiles,
+                                const Rows& start = Rows{}) {
     const int lane = threadIdx.x % kWarp;
     const unsigned at = shared_address(keys + (lane % 16) * pitch + lane / 16 * 8);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      unsigned a[2][4];
+      typename Queries::Operand a;
       if constexpr (Queries::kKept)
-        for (int i = 0; i < 8; ++i) (&a[0][0])[i] = (&q.m[k][0][0])[i];
+        for (int i = 0; i < kStack * 8; ++i) (&a[0][0][0])[i] = (&q.m[k][0][0][0])[i];
       else
         q.load(a, k);
 #pragma unroll
       for (int nt = 0; nt < kTiles; nt += 2) {
-        if (nt >= tiles) continue;
+        if (nt && nt >= tiles) continue;
         unsigned b[4];
         load_matrices<true>(b, at + (k * 16 * pitch + nt * 8) * int(sizeof(T)));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (half && nt + 1 >= tiles) continue;
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            float (&top)[2] = s[2 * m][nt + half], (&bottom)[2] = s[2 * m + 1][nt + half];
+          for (int i = 0; i < kStack * 2; ++i) {
+            const int u = i / 2, m = i % 2;
+            float (&top)[2] = s[u][2 * m][nt + half], (&bottom)[2] = s[u][2 * m + 1][nt + half];
             if (k == 0)
-              mma<T, true>(top[0], top[1], bottom[0], bottom[1], a[m], b[2 * half],
-                           b[2 * half + 1]);
+              mma<T, true>(top[0], top[1], bottom[0], bottom[1], a[u][m], b[2 * half],
+                           b[2 * half + 1], start[u][2 * m], start[u][2 * m + 1]);
             else
-              mma<T>(top[0], top[1], bottom[0], bottom[1], a[m], b[2 * half], b[2 * half + 1]);
+              mma<T>(top[0], top[1], bottom[0], bottom[1], a[u][m], b[2 * half], b[2 * half + 1]);
           }
         }
       }
@@ -93,33 +106,34 @@ struct Mma {
 
   // Weighted sums over keys, transposed: rows are channels, columns the queries of one row.
   struct Sums {
-    float m[kSteps][kUnitRows][4];
+    static constexpr int kRows = kStack * kUnitRows;
+    float m[kSteps][kRows][4];
 
     __device__ void clear() {
 #pragma unroll
-      for (int i = 0; i < kSteps * kUnitRows * 4; ++i) (&m[0][0][0])[i] = 0;
+      for (int i = 0; i < kSteps * kRows * 4; ++i) (&m[0][0][0])[i] = 0;
     }
 
     // += values p for `tiles` tiles of keys from key 0 of `values` on; p is 0 past them.
-    __device__ void add(const float (&p)[kUnitRows][kTiles][2], const T* values, int pitch,
-                        int tiles, T*) {
+    __device__ void add(const Scores& p, const T* values, int pitch, int tiles, T*) {
       const int lane = threadIdx.x % kWarp;
       const unsigned at = shared_address(values + lane % 16 * pitch + lane / 16 * 8);
 #pragma unroll
       for (int nt = 0; nt < kTiles; nt += 2) {
-        if (nt >= tiles) continue;
-        unsigned b[kUnitRows][2];
+        if (nt && nt >= tiles) continue;
+        unsigned b[kRows][2];
 #pragma unroll
-        for (int r = 0; r < kUnitRows; ++r) {
-          b[r][0] = pack<T>(p[r][nt][0], p[r][nt][1]);
-          b[r][1] = pack<T>(p[r][nt + 1][0], p[r][nt + 1][1]);
+        for (int r = 0; r < kRows; ++r) {
+          const auto& own = p[r / kUnitRows][r % kUnitRows];
+          b[r][0] = pack<T>(own[nt][0], own[nt][1]);
+          b[r][1] = pack<T>(own[nt + 1][0], own[nt + 1][1]);
         }
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           unsigned a[4];
           load_matrices<false>(a, at + (k * 16 * pitch + nt * 8) * int(sizeof(T)));
 #pragma unroll
-          for (int r = 0; r < kUnitRows; ++r) {
+          for (int r = 0; r < kRows; ++r) {
             float (&c)[4] = m[k][r];
             mma<T>(c[0], c[1], c[2], c[3], a, b[r][0], b[r][1]);
           }
@@ -154,11 +168,12 @@ struct Mma {
     }
 
     // *= factor of each query, which the lanes of column g hold.
-    __device__ void scale(const float (&factor)[kUnitRows]) {
+    __device__ void scale(const Rows& factor) {
 #pragma unroll
-      for (int r = 0; r < kUnitRows; ++r) {
-        const float even = __shfl_sync(kAllLanes, factor[r], t() * 8);
-        const float odd = __shfl_sync(kAllLanes, factor[r], t() * 8 + 4);
+      for (int r = 0; r < kRows; ++r) {
+        const float own = factor[r / kUnitRows][r % kUnitRows];
+        const float even = __shfl_sync(kAllLanes, own, t() * 8);
+        const float odd = __shfl_sync(kAllLanes, own, t() * 8 + 4);
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           m[k][r][0] *= even, m[k][r][2] *= even;
@@ -167,15 +182,16 @@ struct Mma {
       }
     }
 
-    __device__ void store(T* unit, int pitch) const {
+    __device__ void store(T* unit, int pitch, int below = 0) const {
       unit += g() * pitch + 2 * t();
 #pragma unroll
       for (int k = 0; k < kSteps; ++k)
 #pragma unroll
-        for (int r = 0; r < kUnitRows; ++r)
+        for (int r = 0; r < kRows; ++r)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<unsigned*>(unit + (k * 16 + half * 8) * pitch + r * kUnitColumns) =
+            *reinterpret_cast<unsigned*>(unit + (k * 16 + half * 8) * pitch +
+                                         r / kUnitRows * below + r % kUnitRows * kUnitColumns) =
                 pack<T>(m[k][r][2 * half], m[k][r][2 * half + 1]);
     }
   };
@@ -235,7 +251,8 @@ struct Mma {
     float c[kUnitRows][4];  // of row r, all columns with all columns: wanted is the diagonal
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      unsigned a[2][4];
+      static_assert(kStack == 1);
+      typename Queries::Operand a;
       queries.load(a, k);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
@@ -245,9 +262,9 @@ struct Mma {
         for (int half = 0; half < 2; ++half) {
           float (&to)[4] = c[2 * m + half];
           if (k == 0)
-            mma<T, true>(to[0], to[1], to[2], to[3], a[m], b[2 * half], b[2 * half + 1]);
+            mma<T, true>(to[0], to[1], to[2], to[3], a[0][m], b[2 * half], b[2 * half + 1]);
           else
-            mma<T>(to[0], to[1], to[2], to[3], a[m], b[2 * half], b[2 * half + 1]);
+            mma<T>(to[0], to[1], to[2], to[3], a[0][m], b[2 * half], b[2 * half + 1]);
         }
       }
     }

@@ -12,9 +12,13 @@ namespace dat::cuda {
 
 constexpr int kUnitRows = 4, kUnitColumns = 8;
 
-// Units of a tile at most. As many warps a block, three blocks a multiprocessor, leave 168
-// registers a thread; of eight warps that share a table, each would have too few.
+// Units, or stacks of them, of a tile at most. As many warps a block, three blocks a
+// multiprocessor, leave 168 registers a thread; of eight warps that share a table, each would have
+// too few.
 constexpr int kMaxUnits = 4;
+
+// Keys in shared memory at a time, at most.
+constexpr int kMaxKeys = 64;
 
 // Whether the pass over keys can give grad_q: of long heads, its sums do not fit in registers
 // beside those of keys.
@@ -45,6 +49,7 @@ struct Plan {
   TableAxis<float> narrow_y, narrow_x;  // the same
   double factor;                        // from products q k to the exponent of 2
   float narrow_factor;                  //   "
+  float inverse_factor;                 // 1 / factor
 
   template <class A>
   DAT_HD const TableAxis<A>& axis_y() const {
@@ -62,9 +67,9 @@ struct Plan {
   }
   // Values that one access moves; 1 where strides or alignment want it. 0: channels are the
   // contiguous dimension.
-  int q_vec, k_vec, v_vec, grad_out_vec;
-  int out_vec;       // of what is written for queries: out, grad_q
-  int read_out_vec;  // of out, in the backward
+  int q_vec, key_vec, grad_out_vec;  // key_vec: of k and v
+  int out_vec;                       // of what is written for queries: out, grad_q
+  int read_out_vec;                  // of out, in the backward
   // Where things are in shared memory, in bytes.
   int at_q, at_grad_out, at_k, at_v, at_rows, at_window, at_grad_window, at_keys, at_scratch,
       at_grads, shared;

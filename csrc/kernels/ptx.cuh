@@ -26,13 +26,14 @@ __device__ __forceinline__ void load_matrices(unsigned (&m)[4], unsigned address
                  : "memory");
 }
 
-// c [16, 8] = a [16, 16] b [16, 8], added to c unless kFirst. Lane l holds of c rows l / 4 (c0, c1)
-// and l / 4 + 8 (c2, c3), columns 2 (l % 4), + 1.
+// c [16, 8] = a [16, 16] b [16, 8], added to c; to `top` and `bottom`, of the lane's two rows, if
+// kFirst. Lane l holds of c rows l / 4 (c0, c1) and l / 4 + 8 (c2, c3), columns 2 (l % 4), + 1.
 template <class T, bool kFirst = false>
 __device__ __forceinline__ void mma(float& c0, float& c1, float& c2, float& c3,
-                                    const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  const float d0 = kFirst ? 0.f : c0, d1 = kFirst ? 0.f : c1;
-  const float d2 = kFirst ? 0.f : c2, d3 = kFirst ? 0.f : c3;
+                                    const unsigned (&a)[4], unsigned b0, unsigned b1, float top = 0,
+                                    float bottom = 0) {
+  const float d0 = kFirst ? top : c0, d1 = kFirst ? top : c1;
+  const float d2 = kFirst ? bottom : c2, d3 = kFirst ? bottom : c3;
   if constexpr (std::is_same_v<T, __half>)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%10, %11, %12, %13};"
@@ -124,31 +125,74 @@ __device__ __forceinline__ A number_of_bits(int bits) {
 __device__ __forceinline__ int bits_of_number(float x) { return __float_as_int(x); }
 __device__ __forceinline__ int bits_of_number(double x) { return __double2loint(x); }
 
-// t = whole + fraction, for t in [0, 2^22). In float without the slow conversions: adding 2^23
+// t = whole + fraction, for |t| below 2^22. In float without the slow conversions: adding 1.5 2^23
 // moves the whole part to the last bits.
 template <class A>
 struct Parts {
-  int whole;
   A fraction;
+  int whole;
+};
+template <>
+struct Parts<float> {
+  static constexpr float kMove = 0x1.8p23f;
+  float fraction, whole, moved;
 };
 __device__ __forceinline__ Parts<float> parts_of(float t) {
-  const float shifted = __fadd_rd(t, 0x1p23f);
-  return {__float_as_int(shifted) - __float_as_int(0x1p23f), t - (shifted - 0x1p23f)};
+  const float moved = __fadd_rd(t, Parts<float>::kMove), whole = moved - Parts<float>::kMove;
+  return {t - whole, whole, moved};
 }
 __device__ __forceinline__ Parts<double> parts_of(double t) {
-  const int whole = int(t);
-  return {whole, t - whole};
+  const int whole = __double2int_rd(t);
+  return {t - whole, whole};
 }
 
-// a + b, clamped to [0, 1].
-__device__ __forceinline__ float add_saturated(float a, float b) {
-  float sum;
-  asm("add.sat.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+// The whole parts' place in rows that are `pitch` apart.
+__device__ __forceinline__ int place_of(Parts<float> y, Parts<float> x, int pitch) {
+  return __float_as_int(fused(y.whole, float(pitch), x.moved)) -
+         __float_as_int(Parts<float>::kMove);
+}
+__device__ __forceinline__ int place_of(Parts<double> y, Parts<double> x, int pitch) {
+  return y.whole * pitch + x.whole;
+}
+
+// The same in two steps: the address in shared memory of a row of cells, with what turns the bits
+// of x.moved into a number taken off; and a cell of it.
+template <class Cell>
+__device__ __forceinline__ int row_address(const Cell* cells, Parts<float> y, int pitch) {
+  return int(shared_address(cells)) +
+         (int(y.whole) * pitch - __float_as_int(Parts<float>::kMove)) * int(sizeof(Cell));
+}
+template <class Cell>
+__device__ __forceinline__ const Cell* cell_at(int row, Parts<float> x) {
+  const unsigned address = unsigned(row) + unsigned(__float_as_int(x.moved)) * sizeof(Cell);
+  return static_cast<const Cell*>(__cvta_shared_to_generic(address));
+}
+template <class Cell>
+__device__ __forceinline__ int row_address(const Cell* cells, Parts<double> y, int pitch) {
+  return int(shared_address(cells + y.whole * pitch));
+}
+template <class Cell>
+__device__ __forceinline__ const Cell* cell_at(int row, Parts<double> x) {
+  return static_cast<const Cell*>(__cvta_shared_to_generic(unsigned(row))) + x.whole;
+}
+
+// a k + b, clamped to [0, 1], for k from 1 to 7 that the compiler knows.
+__device__ __forceinline__ float fused_saturated(float a, int k, float b) {
+  float sum = 0;
+  switch (k) {
+    case 1: asm("add.sat.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b)); break;
+    case 2: asm("fma.rn.sat.f32 %0, %1, 0f40000000, %2;" : "=f"(sum) : "f"(a), "f"(b)); break;
+    case 3: asm("fma.rn.sat.f32 %0, %1, 0f40400000, %2;" : "=f"(sum) : "f"(a), "f"(b)); break;
+    case 4: asm("fma.rn.sat.f32 %0, %1, 0f40800000, %2;" : "=f"(sum) : "f"(a), "f"(b)); break;
+    case 5: asm("fma.rn.sat.f32 %0, %1, 0f40A00000, %2;" : "=f"(sum) : "f"(a), "f"(b)); break;
+    case 6: asm("fma.rn.sat.f32 %0, %1, 0f40C00000, %2;" : "=f"(sum) : "f"(a), "f"(b)); break;
+    case 7: asm("fma.rn.sat.f32 %0, %1, 0f40E00000, %2;" : "=f"(sum) : "f"(a), "f"(b)); break;
+  }
   return sum;
 }
-__device__ __forceinline__ double add_saturated(double a, double b) {
-  const double sum = a + b;
-  return sum < 0 ? 0 : (sum > 1 ? 1 : sum);
+__device__ __forceinline__ double fused_saturated(double a, int k, double b) {
+  const double sum = a * k + b;
+  return sum < 0 ? 0 : sum > 1 ? 1 : sum;  // NaN stays
 }
 
 }  // namespace dat::cuda

@@ -18,8 +18,9 @@ struct Simt {
   using Shared = Acc;
   static constexpr bool kTensorCores = false;
   static constexpr int kChannels = kChannels_;
-  static constexpr int kTiles = 2;
+  static constexpr int kTiles = 2, kStack = 1;
   using Short = Simt;
+  using Tall = Simt;
   static constexpr int kUnit = kUnitRows * kUnitColumns;
   static constexpr int kScratch = 16 * kUnit;
   static constexpr int kKeyLanes = 24;
@@ -31,14 +32,21 @@ struct Simt {
   __device__ static int g() { return threadIdx.x % 8; }
   __device__ static int t() { return threadIdx.x % kWarp / 8; }
 
+  using Rows = Acc[kStack][kUnitRows];
+  using Scores = Acc[kStack][kUnitRows][kTiles][2];
+
   struct Queries {
     const Acc* unit;
     int pitch;
-    __device__ Queries(const Acc* unit_, int pitch_) : unit(unit_ + g()), pitch(pitch_) {}
+    Queries() = default;
+    __device__ Queries(const Acc* unit_, int pitch_, int = 0) : unit(unit_ + g()), pitch(pitch_) {}
   };
 
-  __device__ static void scores(Acc (&s)[kUnitRows][kTiles][2], const Queries& q, const Acc* keys,
-                                int pitch, int) {
+  // Products start at 0: sums in full precision are not to lose digits to another start.
+  static constexpr bool kStarts = false;
+  __device__ static void scores(Scores& scores, const Queries& q, const Acc* keys, int pitch, int,
+                                const Rows& = Rows{}) {
+    auto& s = scores[0];
     keys += 2 * t();
 #pragma unroll
     for (int i = 0; i < kUnitRows * kTiles * 2; ++i) (&s[0][0][0])[i] = 0;
@@ -67,8 +75,8 @@ struct Simt {
       for (int i = 0; i < kUnitRows * kOwn; ++i) (&m[0][0])[i] = 0;
     }
 
-    __device__ void add(const Acc (&p)[kUnitRows][kTiles][2], const Acc* values, int pitch, int,
-                        Acc* scratch) {
+    __device__ void add(const Scores& weights_of, const Acc* values, int pitch, int, Acc* scratch) {
+      const auto& p = weights_of[0];
       // scratch [key][g][row]
 #pragma unroll
       for (int nt = 0; nt < kTiles; ++nt)
@@ -99,14 +107,14 @@ struct Simt {
       __syncwarp();
     }
 
-    __device__ void scale(const Acc (&factor)[kUnitRows]) {
+    __device__ void scale(const Rows& factor) {
 #pragma unroll
       for (int r = 0; r < kUnitRows; ++r)
 #pragma unroll
-        for (int c = 0; c < kOwn; ++c) m[r][c] *= factor[r];
+        for (int c = 0; c < kOwn; ++c) m[r][c] *= factor[0][r];
     }
 
-    __device__ void store(Acc* unit, int pitch) const {
+    __device__ void store(Acc* unit, int pitch, int = 0) const {
       unit += t() * pitch + g();
 #pragma unroll
       for (int c = 0; c < kOwn; ++c)

@@ -23,39 +23,42 @@ __device__ __forceinline__ void copy(S* shared, const T* global, bool inside) {
   }
 }
 
-// Channels are taken in runs: places of a run in shared memory are known to the compiler.
-constexpr int kRun = 4;
-
-// Calls f(channel of a run, place in the run, pointer to it, whether it exists) for runs `run`,
-// run + runs, .. of kChannels channels, head_dim of which exist.
-template <int kChannels, int kRun = dat::cuda::kRun, class P, class F>
-__device__ __forceinline__ void each_channel(P* data, int64_t stride, int run, int runs,
-                                             int head_dim, const F& f) {
+// Channels of a place, in shared and in global memory.
+template <class S, class P>
+struct Channels {
   using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
-  stride *= sizeof(P);
-  const int64_t skip = (runs - 1) * kRun * stride;
-  auto* at = reinterpret_cast<Byte*>(data) + run * kRun * stride;
-  for (int c = run * kRun; c < kChannels; c += runs * kRun, at += skip) {
-    if (c + kRun <= head_dim) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i, at += stride) f(c, i, reinterpret_cast<P*>(at), true);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kRun; ++i, at += stride)
-        f(c, i, reinterpret_cast<P*>(at), c + i < head_dim);
-    }
-  }
-}
+  S* shared;
+  int pitch;  // values from one to the next
+  Byte* at;
+  int64_t stride;  // bytes
 
-// Channels of one place, by `runs` threads that take turns at runs. Zeros unless `inside` and past
-// head_dim; `from` must be a place of the tensor in any case.
-template <int kVec, class E, class S, class T>
-__device__ __forceinline__ void copy_channels(S* to, int pitch, const T* from, int64_t stride,
-                                              int run, int runs, int head_dim, bool inside) {
-  each_channel<E::kChannels>(
-      from, stride, run, runs, head_dim, [&](int c, int i, const T* at, bool exists) {
-        copy<kVec>(to + c * pitch + i * pitch, exists ? at : from, inside && exists);
-      });
+  __device__ Channels(S* shared_, int pitch_, P* global_, int64_t stride_)
+      : shared(shared_),
+        pitch(pitch_),
+        at(reinterpret_cast<Byte*>(global_)),
+        stride(stride_ * int64_t(sizeof(P))) {}
+  __device__ P* global() const { return reinterpret_cast<P*>(at); }
+  __device__ void move(int channels) { shared += channels * pitch, at += channels * stride; }
+};
+
+// Calls f(place in shared memory, place in global memory, whether the channel exists) for runs
+// `run`, run + runs, .. of kRun channels, out of kChannels, head_dim of which exist; for several
+// places side by side.
+template <int kChannels, int kRun = 4, class F, class... Places>
+__device__ __forceinline__ void each_channel(int run, int runs, int head_dim, const F& f,
+                                             Places... places) {
+  int c = run * kRun;
+  (places.move(c), ...);
+#pragma unroll 1
+  for (; c + kRun <= head_dim; c += runs * kRun, (places.move((runs - 1) * kRun), ...))
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      (f(places.shared, places.global(), true), ...), (places.move(1), ...);
+#pragma unroll 1
+  for (; c < kChannels; c += runs * kRun, (places.move((runs - 1) * kRun), ...))
+#pragma unroll 1
+    for (int i = 0; i < kRun; ++i)
+      (f(places.shared, places.global(), c + i < head_dim), ...), (places.move(1), ...);
 }
 
 // Calls f with the vector length as a compile-time constant; S and T differ: always 1.
@@ -105,14 +108,20 @@ __device__ void load_queries(S* shared, const T* map, const MapView& view,
   }
   with_vector<S, T>(vec, [&](auto v) {
     constexpr int kVec = decltype(v)::value;
-    const int positions = area / kVec, step = blockDim.x / positions;
-    const int slot = threadIdx.x % positions * kVec, c = threadIdx.x / positions;
-    if (c >= step) return;  // threads left over
-    const auto [row, column] = place_of(plan, origin, slot);
-    const bool inside = row < shape.height && column < shape.width;
-    copy_channels<kVec, E>(shared + slot, pitch,
-                           map + (inside ? row * view.row + column * view.column : 0), view.channel,
-                           c, step, head_dim, inside);
+    const int positions = area / kVec, runs = max(blockDim.x / positions, 1);
+    // Once, but for tiles of more positions than threads.
+    for (int i = threadIdx.x; i < positions * runs; i += blockDim.x) {
+      const int slot = unsigned(i) % positions * kVec;
+      const auto [row, column] = place_of(plan, origin, slot);
+      const bool inside = row < shape.height && column < shape.width;
+      const T* from = map + (inside ? row * view.row + column * view.column : 0);
+      each_channel<E::kChannels>(
+          unsigned(i) / positions, runs, head_dim,
+          [&](S* to, const T* at, bool exists) {
+            copy<kVec>(to, exists ? at : map, inside && exists);
+          },
+          Channels<S, const T>{shared + slot, pitch, from, view.channel});
+    }
   });
 }
 
@@ -123,72 +132,89 @@ __device__ void store_queries(T* out, const S* shared, const AttentionShape& sha
   const int64_t area = shape.queries();
   with_vector<S, T>(vec, [&](auto v) {
     constexpr int kVec = decltype(v)::value;
-    const int positions = plan.rows * plan.columns / kVec, step = blockDim.x / positions;
-    const int slot = threadIdx.x % positions * kVec, head_dim = int(shape.head_dim);
-    const auto [row, column] = place_of(plan, origin, slot);
-    const int run = threadIdx.x / positions;
-    if (run >= step || row >= shape.height || column >= shape.width) return;
-    out += row * int(shape.width) + column;
-    each_channel<E::kChannels>(
-        out, area, run, step, head_dim, [&](int c, int i, T* to, bool exists) {
-          const S* from = shared + c * E::query_pitch(plan) + i * E::query_pitch(plan) + slot;
-          if (!exists) return;
-          if constexpr (std::is_same_v<S, T>)
-            *reinterpret_cast<Vec<T, kVec>*>(to) = *reinterpret_cast<const Vec<T, kVec>*>(from);
-          else
-            *to = from_acc<T>(*from);
-        });
+    const int positions = plan.rows * plan.columns / kVec, runs = max(blockDim.x / positions, 1);
+    for (int i = threadIdx.x; i < positions * runs; i += blockDim.x) {
+      const int slot = unsigned(i) % positions * kVec;
+      const auto [row, column] = place_of(plan, origin, slot);
+      if (row >= shape.height || column >= shape.width) continue;
+      each_channel<E::kChannels>(
+          unsigned(i) / positions, runs, int(shape.head_dim),
+          [&](const S* from, T* to, bool exists) {
+            if (!exists) return;
+            if constexpr (std::is_same_v<S, T>)
+              *reinterpret_cast<Vec<T, kVec>*>(to) = *reinterpret_cast<const Vec<T, kVec>*>(from);
+            else
+              *to = from_acc<T>(*from);
+          },
+          Channels<const S, T>{shared + slot, E::query_pitch(plan),
+                               out + (row * int(shape.width) + column), area});
+    }
   });
 }
 
-// Of a list of 16-bit values that 4-byte accesses do not fit, every list of 49 keys for one: a lane
+// Keys and values, of one (image, head).
+template <class T>
+struct KeyLists {
+  const T *k, *v;
+};
+
+// Of lists of 16-bit values that 4-byte accesses do not fit, all lists of 49 keys for one: a lane
 // takes two neighbouring keys of a channel.
 template <class E, class T>
-__device__ void load_key_pairs(T* shared, const T* list, const MapView& view,
-                               const AttentionShape& shape, const Plan& plan, int first) {
-  const int n = threadIdx.x % kWarp * 2, left = int(shape.keys) - first - n;
+__device__ void load_key_pairs(T* k, T* v, const KeyLists<T>& from, const AttentionInputs& in,
+                               const Plan& plan, int first) {
+  const int n = threadIdx.x % kWarp * 2, left = int(in.shape.keys) - first - n;
   if (n >= plan.key_stage) return;
   const unsigned mask = left >= 2 ? 0xffffffffu : left == 1 ? 0xffffu : 0;
-  const int64_t right = left > 1 ? view.column : 0;
-  const auto* keys =
-      reinterpret_cast<const unsigned short*>(list) + (left > 0 ? (first + n) * view.column : 0);
-  constexpr int kKeyRun = E::kChannels / 4;  // for four warps
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  each_channel<E::kChannels, kKeyRun>(
-      keys, view.channel, warp, warps, int(shape.head_dim),
-      [&](int c, int i, const unsigned short* at, bool exists) {
-        T* to = shared + c * E::key_pitch(plan) + i * E::key_pitch(plan) + n;
-        const unsigned pair = exists ? at[0] | unsigned(at[right]) << 16 : 0;
-        *reinterpret_cast<unsigned*>(to) = pair & mask;
-      });
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    const MapView& view = i ? in.v : in.k;
+    const int64_t right = left > 1 ? view.column : 0;
+    const auto* keys = reinterpret_cast<const unsigned short*>(i ? from.v : from.k) +
+                       (left > 0 ? (first + n) * view.column : 0);
+    // One run for each of four warps: its loads are under way all at once.
+    each_channel<E::kChannels, E::kChannels / 4>(
+        int(threadIdx.x / kWarp), int(blockDim.x / kWarp), int(in.shape.head_dim),
+        [&](T* to, const unsigned short* at, bool exists) {
+          const unsigned pair = exists ? at[0] | unsigned(at[right]) << 16 : 0;
+          *reinterpret_cast<unsigned*>(to) = pair & mask;
+        },
+        Channels<T, const unsigned short>{(i ? v : k) + n, E::key_pitch(plan), keys, view.channel});
+  }
 }
 
-// Keys [first, first + key_stage) of list [head_dim, N] -> shared [channels][key_stage]; zeros past
-// N and head_dim. Asynchronous.
+// Keys [first, first + key_stage) of lists [head_dim, N] -> shared [channels][key_stage]; zeros
+// past N and head_dim. Asynchronous.
 template <class E, class S, class T>
-__device__ void load_keys(S* shared, const T* list, const MapView& view,
-                          const AttentionShape& shape, const Plan& plan, int first, int vec) {
-  const int pitch = E::key_pitch(plan), head_dim = int(shape.head_dim);
-  if (vec == 0) {
+__device__ void load_keys(S* k, S* v, const KeyLists<T>& from, const AttentionInputs& in,
+                          const Plan& plan, int first) {
+  const int pitch = E::key_pitch(plan), head_dim = int(in.shape.head_dim);
+  const int keys = int(in.shape.keys);
+  if (plan.key_vec == 0) {
     for (int i = threadIdx.x; i < plan.key_stage * E::kChannels; i += blockDim.x) {
-      const int c = i % E::kChannels, n = i / E::kChannels;
-      const bool inside = first + n < shape.keys && c < head_dim;
-      copy<1>(shared + c * pitch + n, list + (inside ? (first + n) * view.column + c : 0), inside);
+      const int c = i % E::kChannels, n = i / E::kChannels, to = c * pitch + n;
+      const bool inside = first + n < keys && c < head_dim;
+      copy<1>(k + to, from.k + (inside ? (first + n) * in.k.column + c : 0), inside);
+      copy<1>(v + to, from.v + (inside ? (first + n) * in.v.column + c : 0), inside);
     }
     return;
   }
   if constexpr (std::is_same_v<S, T> && sizeof(T) == 2)
-    if (vec == 1) return load_key_pairs<E>(shared, list, view, shape, plan, first);
-  with_vector<S, T>(vec, [&](auto v) {
-    constexpr int kVec = decltype(v)::value;
+    if (plan.key_vec == 1) return load_key_pairs<E>(k, v, from, in, plan, first);
+  with_vector<S, T>(plan.key_vec, [&](auto vec) {
+    constexpr int kVec = decltype(vec)::value;
     // A warp takes whole channels: several at a time if they are short.
-    const int lanes = min(plan.key_stage / kVec, kWarp), together = kWarp / lanes;
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    for (int n = lane % lanes * kVec; n < plan.key_stage; n += kWarp * kVec) {
-      const bool inside = first + n < shape.keys;
-      copy_channels<kVec, E>(shared + n, pitch, list + (inside ? (first + n) * view.column : 0),
-                             view.channel, warp * together + lane / lanes,
-                             blockDim.x / kWarp * together, head_dim, inside);
+    constexpr int kLanes = kVec > 2 ? kMaxKeys / kVec : kWarp;
+    for (int n = threadIdx.x % kLanes * kVec; n < plan.key_stage; n += kLanes * kVec) {
+      const bool inside = first + n < keys;
+      const int at = inside ? first + n : 0;
+      each_channel<E::kChannels>(
+          int(threadIdx.x / kLanes), int(blockDim.x / kLanes), head_dim,
+          [&](S* to, const T* at, bool exists) {
+            copy<kVec>(to, exists ? at : from.k, inside && exists);
+          },
+          Channels<S, const T>{k + n, pitch, from.k + at * in.k.column, in.k.channel},
+          Channels<S, const T>{v + n, pitch, from.v + at * in.v.column, in.v.channel});
     }
   });
 }

@@ -6,7 +6,7 @@
 //
 // Along a column, x is interpolated once for each table row that the queries meet, and the result
 // is shared by the queries: at slopes from 1/3 to 1 four of them meet five table rows, below that
-// three.
+// three; eight of them nine at slopes near 1.
 #pragma once
 
 #include "../math/softmax.h"
@@ -22,9 +22,12 @@ __host__ __device__ constexpr int window_margin(double slope) { return slope == 
 // Rows that the last query may read below its own cell.
 constexpr int kWindowBelow = 3;
 
-// Cells between rows of a window: known to the compiler, so that taps have fixed places, where a
-// block has one window; just as many as there are where it has another for gradients.
-enum class Pitch { fixed, least };
+// What a block walks over. Keys: rows of the window are a fixed number of cells apart, so that taps
+// have places known to the compiler, and keys are staged for each band of the tile's queries.
+// Queries: there is another window for gradients, rows are as near as may be, and keys are staged
+// once.
+enum class Walk { keys, queries };
+
 __host__ __device__ constexpr int window_pitch(Bias bias) { return bias == Bias::unit ? 128 : 72; }
 
 // Cells that a tile of `queries` rows or columns meets.
@@ -39,30 +42,46 @@ __device__ __forceinline__ int window_start(const TableAxis<A>& axis, int first)
   return int(floor(axis.slope * first + axis.origin - axis.quarter)) - window_margin(axis.slope);
 }
 
-// The four queries down a column and the table rows that they meet, from values h interpolated in
-// x at those rows.
+// The queries down a column of a unit, or of a stack of units, and the table rows that they meet,
+// from values h interpolated in x at those rows.
 //
 // Slopes below 1: the first query is a fraction above table row 0, query r is at fraction + slope
 // r, and the piecewise linear function is a sum over i of h[i + 1] - h[i], each as far as the query
-// is past row i: a saturating addition.
-template <class A, Bias kBias>
+// is past row i, at most 1. Eight queries: slopes from 6/7, where query r is near row r.
+template <class A, Bias kBias, int kRows>
 struct RowGroup {
-  static constexpr int kReads = kBias == Bias::slope ? 5 : 3;
-  A fraction, slope_y;
+  static constexpr int kReads = kBias == Bias::shallow ? 3 : kRows + 1;
+  // The row that `from` counts from.
+  static constexpr int kFrom = kBias == Bias::shallow ? 1 : 0;
+  A from, slope_y;  // where query 0 is
 
   RowGroup() = default;
-  __device__ RowGroup(A fraction_, A slope) : fraction(fraction_), slope_y(slope) {}
+  __device__ RowGroup(A from_, A slope) : from(from_), slope_y(slope) {}
 
   // Query r is past row low(r) and not past row high(r): with five rows, slopes are above 1/3.
-  __device__ static constexpr int low(int r) { return kReads == 5 && r == 3 ? 1 : 0; }
+  __device__ static constexpr int low(int r) {
+    return kRows == 8 && r ? r - 1 : kReads == 5 && r == 3 ? 1 : 0;
+  }
   __device__ static constexpr int high(int r) { return r + 1 < kReads ? r + 1 : kReads - 1; }
+  __device__ A moved(int by) const { return by ? from + by : from; }
   // How far it is past row i.
   __device__ A past(int r, int i) const {
-    return r == 0 ? fraction : add_saturated(fraction, slope_y * r - i);
+    if (r == 0) return moved(kFrom);
+    if (kRows == 8) return fused_saturated(slope_y - 1, r, moved(r - i));
+    return fused_saturated(slope_y, r, moved(kFrom - i));
   }
 
-  __device__ A add(A value, const A (&h)[kReads], int r) const {
-    value += h[low(r)];
+  // Query r's value, added to `to` unless kFresh.
+  template <bool kFresh>
+  __device__ A add(A to, const A (&h)[kReads], int r) const {
+    const auto onto = [&](A value) { return kFresh ? value : to + value; };
+    if constexpr (kBias == Bias::shallow) {
+      // A line through rows 0 and 1, and how much it bends for those past row 1.
+      const A step = h[1] - h[0], bend = h[2] - h[1] - step;
+      const A line = onto(h[1] + from * step) + A(r) * (slope_y * step);
+      return r ? line + past(r, 1) * bend : line;
+    }
+    A value = onto(h[low(r)]);
 #pragma unroll
     for (int i = low(r); i < high(r); ++i) value += past(r, i) * (h[i + 1] - h[i]);
     return value;
@@ -81,7 +100,7 @@ struct RowGroup {
       for (int i = low(r); i < high(r); ++i) {
         const A moved = grad[r] * past(r, i);
         grad_h[i] -= moved, grad_h[i + 1] += moved;
-        if (i > low(r) && fraction + slope_y * r >= A(i)) difference = h[i + 1] - h[i];
+        if (i > low(r) && from + slope_y * r >= A(i - kFrom)) difference = h[i + 1] - h[i];
       }
       along_y += grad[r] * difference;
     }
@@ -90,14 +109,15 @@ struct RowGroup {
 
 // Slope 1: each query is between two rows, with weights that are the key's.
 template <class A>
-struct RowGroup<A, Bias::unit> {
-  static constexpr int kReads = 5;
+struct RowGroup<A, Bias::unit, kUnitRows> {
+  static constexpr int kReads = 5, kFrom = 0;
   A upper, lower;  // times log2(e)
   RowGroup() = default;
   __device__ RowGroup(A upper_, A lower_) : upper(upper_), lower(lower_) {}
 
-  __device__ A add(A value, const A (&h)[kReads], int r) const {
-    return fused(h[r], upper, fused(h[r + 1], lower, value));
+  template <bool kFresh>
+  __device__ A add(A to, const A (&h)[kReads], int r) const {
+    return fused(h[r], upper, kFresh ? h[r + 1] * lower : fused(h[r + 1], lower, to));
   }
   // As above; table row i gets grad[i] and a fraction of grad[i - 1] - grad[i].
   __device__ void backward(A& along_y, A (&grad_h)[kReads], const A (&h)[kReads],
@@ -113,39 +133,49 @@ struct RowGroup<A, Bias::unit> {
   }
 };
 
-// What lanes need of a key: one access, staged once for all queries of a block. Biases come in
-// units of the exponent of 2.
+// What lanes need of a key. Biases come in units of the exponent of 2.
 template <class A>
 struct alignas(16) WindowKey {
-  // At slope 1: the fraction of the cell along x, and the weights of its two rows times log2(e); 0
-  // for far keys. Else: where the block's first query is in the window.
-  A x, y0, y1;
-  // At slope 1: the cell of the block's first query. Else what to `or` a cell with: 0, far keys -1.
-  A cell;  // as the bits of a number
+  // At slope 1: the fraction of the cell along x, the weights of its two rows times log2(e), 0 for
+  // far keys, and the cell of the block's first query. Else: where the block's first query is in
+  // the window, and the slope along x; far keys stay in column -1, where the window is zero.
+  A x, y0_or_slope_x, y1_or_y, cell;  // the cell as the bits of a number
 };
 
-template <class A, Bias kBias, Pitch kPitch>
+// And for a band of queries, at slopes other than 1: where the first one is (RowGroup), and the row
+// of cells that this counts from.
+template <class A>
+struct alignas(2 * sizeof(A)) BandKey {
+  A from, row;  // the address as the bits of a number
+};
+
+// kRows_: queries of a column that are taken at a time.
+template <class A, Bias kBias, Walk kWalk, int kRows_ = kUnitRows>
 struct TableWindow {
   static_assert(kBias != Bias::direct);
-  using Group = RowGroup<A, kBias>;
+  static constexpr int kRows = kRows_;
+  using Group = RowGroup<A, kBias, kRows>;
   static constexpr bool kPairs = kBias != Bias::unit;
-  // Pairs: a value times log2(e), and what to add for the next column's; cell -1 and those below
-  // it are zero.
+  static constexpr bool kBands = kPairs && kWalk == Walk::keys;
+  // Pairs: a value times log2(e), and what to add for the next column's; column -1 is zero.
   using Cell = Vec<A, kPairs ? 2 : 1>;
   static constexpr int kBefore = kPairs ? 2 : 0;  // cells of memory before the window
 
   const Cell* window;
   WindowKey<A>* keys;  // [key_stage]
+  BandKey<A>* bands;   // [band of the tile][kMaxKeys]
+  int tile_row;        // the tile's first row, from the block's first query
   A slope_y, slope_x;
   int start_y, start_x;  // first cell
   int columns, least;
 
-  __device__ int pitch() const { return kPitch == Pitch::fixed ? window_pitch(kBias) : least; }
+  __device__ int pitch() const { return kWalk == Walk::keys ? window_pitch(kBias) : least; }
 
   __device__ TableWindow(void* shared_window, void* shared_keys, const Plan& plan, int row,
                          int column)
       : window(static_cast<const Cell*>(shared_window) + kBefore),
         keys(static_cast<WindowKey<A>*>(shared_keys)),
+        bands(reinterpret_cast<BandKey<A>*>(keys + plan.key_stage)),
         slope_y(plan.axis_y<A>().slope),
         slope_x(plan.axis_x<A>().slope),
         start_y(window_start(plan.axis_y<A>(), row)),
@@ -173,17 +203,18 @@ struct TableWindow {
         if constexpr (!kPairs && std::is_same_v<T, A> && sizeof(A) == 4) {
           copy_async<4>(shared_address(cells), at, own.inside);
         } else if constexpr (!kPairs) {
-          cells->at[0] = own.inside ? A(to_acc(*at)) : A(0);
+          cells->at[0] = own.value(at);
         } else {
-          const A value = own.inside ? A(to_acc(*at)) * A(kLog2e) : A(0);
-          *cells = {value, (next.inside ? A(to_acc(*right)) * A(kLog2e) : A(0)) - value};
+          const A value = own.value(at) * A(kLog2e);
+          *cells = {value, next.value(right) * A(kLog2e) - value};
           right += step;
         }
       }
       for (int r = warp; r < top; r += warps) to[r * pitch() + c] = Cell{};
       for (int r = bottom + warp; r < rows; r += warps) to[r * pitch() + c] = Cell{};
     }
-    if (kPairs && threadIdx.x < Group::kReads) to[int(threadIdx.x) * pitch() - 1] = Cell{};
+    if (kPairs)
+      for (int r = threadIdx.x; r < rows; r += blockDim.x) to[r * pitch() - 1] = Cell{};
     commit_copies();
   }
 
@@ -195,6 +226,18 @@ struct TableWindow {
     __device__ Tap(const T* table, int column, int row, int width)
         : inside(unsigned(column) < unsigned(width)),
           at(table + (int64_t(row) * width + min(max(column, 0), width - 1))) {}
+    // Masked, not branched around: loads do not wait for each other.
+    __device__ A value(const T* from) const {
+      if constexpr (sizeof(T) == 2) {
+        const unsigned short bits =
+            *reinterpret_cast<const unsigned short*>(from) & (inside ? 0xffff : 0);
+        return to_acc(*reinterpret_cast<const T*>(&bits));
+      } else if constexpr (sizeof(T) == 4) {
+        return __int_as_float(*reinterpret_cast<const int*>(from) & (inside ? -1 : 0));
+      } else {
+        return inside ? *from : T(0);
+      }
+    }
   };
 
   // Returns whether the key is far: whether its queries leave the window.
@@ -206,10 +249,16 @@ struct TableWindow {
     // Written so that NaN is far.
     const bool near = y >= 0 && x >= 0 && last_y < A(plan.window_rows - kWindowBelow) &&
                       last_x < A(plan.window_columns - 2);
-    if (!near) {
-      keys[n] = {0, 0, 0, number_of_bits<A>(kPairs ? -1 : 0)};
-    } else if constexpr (kPairs) {
-      keys[n] = {x, y, 0, number_of_bits<A>(0)};
+    if constexpr (kPairs) {
+      keys[n] = near ? WindowKey<A>{x, slope_x, y, 0} : WindowKey<A>{-1, 0, 0, 0};
+      if constexpr (kBands)
+        for (int band = 0; band < plan.rows / kRows; ++band) {
+          const Parts<A> at = parts_of(near ? fused(slope_y, A(tile_row + band * kRows), y) : A(0));
+          bands[band * kMaxKeys + n] = {at.fraction - Group::kFrom,
+                                        number_of_bits<A>(row_address(window, at, pitch()))};
+        }
+    } else if (!near) {
+      keys[n] = {0, 0, 0, number_of_bits<A>(0)};
     } else {
       const A floor_y = floor(y), floor_x = floor(x), lower = (y - floor_y) * A(kLog2e);
       keys[n] = {x - floor_x, A(kLog2e) - lower, lower,
@@ -219,7 +268,7 @@ struct TableWindow {
   }
 
   __device__ bool is_far(int n) const {
-    return kPairs ? bits_of_number(keys[n].cell) < 0 : keys[n].y0 + keys[n].y1 == 0;
+    return kPairs ? keys[n].x < 0 : keys[n].y0_or_slope_x + keys[n].y1_or_y == 0;
   }
 
   // A column of the unit's queries before one key, and the table rows that they meet; from row
@@ -228,23 +277,32 @@ struct TableWindow {
     A h[Group::kReads], d[Group::kReads];  // interpolated in x; and the derivative
     Group group;
     A fraction_x;
-    int cell, pitch;
+    int cell, pitch;  // no cell of bands
 
     Taps() = default;
     __device__ Taps(const TableWindow& at, int n, int row, int column) : pitch(at.pitch()) {
-      const WindowKey<A> key = at.keys[n];
+      const Cell* cells;
       if constexpr (kPairs) {
-        const Parts<A> y = parts_of(fused(at.slope_y, A(row), key.y0));
-        const Parts<A> x = parts_of(fused(at.slope_x, A(column), key.x));
-        cell = (y.whole * pitch + x.whole) | bits_of_number(key.cell);
-        group = Group(y.fraction, at.slope_y);
+        const auto line = *reinterpret_cast<const Vec<A, 2>*>(at.keys + n);
+        const Parts<A> x = parts_of(fused(line.at[1], A(column), line.at[0]));
         fraction_x = x.fraction;
+        if constexpr (kBands) {
+          const BandKey<A> band = at.bands[(row - at.tile_row) / kRows * kMaxKeys + n];
+          group = Group(band.from, at.slope_y);
+          cells = cell_at<Cell>(bits_of_number(band.row), x);
+        } else {
+          const Parts<A> y = parts_of(fused(at.slope_y, A(row), at.keys[n].y1_or_y));
+          group = Group(y.fraction - Group::kFrom, at.slope_y);
+          cell = place_of(y, x, pitch);
+          cells = at.window + cell;
+        }
       } else {
+        const WindowKey<A> key = at.keys[n];
         cell = bits_of_number(key.cell) + (row * pitch + column);
-        group = Group(key.y0, key.y1);
+        group = Group(key.y0_or_slope_x, key.y1_or_y);
         fraction_x = key.x;
+        cells = at.window + cell;
       }
-      const Cell* cells = at.window + cell;
 #pragma unroll
       for (int i = 0; i < Group::kReads; ++i) {
         if constexpr (kPairs)
@@ -255,10 +313,12 @@ struct TableWindow {
       }
     }
 
-    // Adds the biases of the unit's four rows, in units of the exponent of 2; nothing of far keys.
-    __device__ void add(A (&value)[kUnitRows]) const {
+    // The biases of the rows, in units of the exponent of 2, added to `value` unless kFresh; 0 of
+    // far keys.
+    template <bool kFresh = false>
+    __device__ void add(A (&value)[kRows]) const {
 #pragma unroll
-      for (int r = 0; r < kUnitRows; ++r) value[r] = group.add(value[r], h, r);
+      for (int r = 0; r < kRows; ++r) value[r] = group.template add<kFresh>(value[r], h, r);
     }
 
     // Given the gradients of those biases: adds to (y, x) their products with the derivatives in

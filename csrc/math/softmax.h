@@ -40,6 +40,16 @@ DAT_HD V log2_ratio(V z) {
   return z * sum * T(2 * kLog2e);
 }
 
+// A score in natural units as an exponent of 2; finite ones stay finite.
+template <class T>
+DAT_HD T as_exponent(T score) {
+  const T most = sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308);
+  const T exponent = score * T(kLog2e);
+  if (exponent > most && score <= most) return most;
+  if (exponent < -most && score >= -most) return -most;
+  return exponent;
+}
+
 // Gradient of a score (in natural units) from its probability, the gradient that reaches the
 // probability, and the row's sum of grad_out * out.
 template <class V>
