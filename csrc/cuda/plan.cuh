@@ -229,11 +229,13 @@ struct EngineTag {
 template <template <class, int> class Engine, class T, class F>
 void with_channels(int channels, const F& run) {
   switch (channels) {
-    case 16:  // float64 is there to check gradients: fewer kernels, which take long to compile
+    case 16:  // float64 is there to check gradients: half the kernels, which take long to compile
       if constexpr (sizeof(T) < 8) return run(EngineTag<Engine<T, 16>>());
       [[fallthrough]];
     case 32: return run(EngineTag<Engine<T, 32>>());
-    case 64: return run(EngineTag<Engine<T, 64>>());
+    case 64:
+      if constexpr (sizeof(T) < 8) return run(EngineTag<Engine<T, 64>>());
+      [[fallthrough]];
     default: return run(EngineTag<Engine<T, 128>>());
   }
 }
