@@ -76,8 +76,9 @@ struct RunningSoftmax {
     for (int r = 0; r < kRows; ++r) (&sum[0][0])[r] += (&more[0][0])[r];
   }
 
-  // Moves the reference to the sums with these exponents, which are relative to it and have to be
-  // computed again. Returns whether it moved so far that they had lost digits.
+  // Moves the reference to the highest of these exponents, which are relative to it and have to be
+  // computed again; not down, once a row has weights. Returns whether it moved so far that they had
+  // lost digits.
   template <class Sums>
   __device__ bool move(const Scores& s, Sums& sums, A inverse_factor) {
     Rows factor;

@@ -207,14 +207,14 @@ __device__ void load_keys(S* k, S* v, const KeyLists<T>& from, const AttentionIn
     constexpr int kLanes = kVec > 2 ? kMaxKeys / kVec : kWarp;
     for (int n = threadIdx.x % kLanes * kVec; n < plan.key_stage; n += kLanes * kVec) {
       const bool inside = first + n < keys;
-      const int at = inside ? first + n : 0;
+      const int key = inside ? first + n : 0;
       each_channel<E::kChannels>(
           int(threadIdx.x / kLanes), int(blockDim.x / kLanes), head_dim,
           [&](S* to, const T* at, bool exists) {
             copy<kVec>(to, exists ? at : from.k, inside && exists);
           },
-          Channels<S, const T>{k + n, pitch, from.k + at * in.k.column, in.k.channel},
-          Channels<S, const T>{v + n, pitch, from.v + at * in.v.column, in.v.channel});
+          Channels<S, const T>{k + n, pitch, from.k + key * in.k.column, in.k.channel},
+          Channels<S, const T>{v + n, pitch, from.v + key * in.v.column, in.v.channel});
     }
   });
 }
