@@ -78,7 +78,7 @@ def residency(kernels: list[machine_code.Kernel]) -> None:
         return
     rows = [("case", "kernel", "sm", "blocks", "threads", "registers", "shared", "held", "warps")]
     compiled = {(kernel.label, kernel.architecture): kernel for kernel in kernels}
-    for name in (name for name in traffic.BATCH if name.startswith("datpp")):
+    for name in (name for name in traffic.NAMES if name.startswith("datpp")):
         for architecture, device in DEVICES.items():
             for part in traffic.measure(name, "bfloat16", device, counted=False):
                 for launch in part.launches:
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=("static", "emulated"), help="only one of the two")
     parser.add_argument("--files", default="*", metavar="GLOB", help="stems of csrc/cuda/*.cu")
     parser.add_argument("--arch", default=list(MULTIPROCESSORS), **listed)
-    parser.add_argument("--cases", default=list(traffic.BATCH), **listed)
+    parser.add_argument("--cases", default=list(traffic.NAMES), **listed)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true")
     action.add_argument("--update", action="store_true")

@@ -26,16 +26,15 @@ import dat_cuda  # noqa: E402
 # Bytes and flops a second, from the datasheets (SXM, 80 GB): memory, half precision on tensor
 # cores, float32.
 RATES = {"a100": (2.04e12, 312e12, 19.5e12), "h100": (3.35e12, 989e12, 67e12)}
-# More blocks than an H100 has multiprocessors, in seconds; where a block takes a whole map, more
-# images times heads.
-BATCH = {"datpp_s_1": 4, "datpp_s_2": 8, "datpp_s_3": 16, "datpp_s_4": 16, "dat_t_3": 8, "det_2": 1}
-HEADS = {"det_2": 2}  # of one group
-CASES = [(name, "bfloat16") for name in BATCH] + [("det_2", "float32")]
+# Of the cases of attention.py, those that are emulated in seconds.
+NAMES = ("datpp_s_1", "datpp_s_2", "datpp_s_3", "datpp_s_4", "dat_t_3", "det_2")
+HEADS = {"det_2": 2}  # of one group: enough for more blocks than an H100 has multiprocessors
+CASES = [(name, "bfloat16") for name in NAMES] + [("det_2", "float32")]
 RESOURCES = ("issue", "fp32", "shared", "mufu", "tensor", "l1", "l2", "dram")
 
 
 def case_of(name: str) -> common.Case:
-    case = dataclasses.replace(common.CASES[name], batch=BATCH[name])
+    case = common.CASES[name]
     if heads := HEADS.get(name):
         channels = case.channels // case.heads * heads
         case = dataclasses.replace(case, heads=heads, groups=1, channels=channels)

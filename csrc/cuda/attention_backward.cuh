@@ -1,5 +1,5 @@
 // Plans and launches the backward for one storage type: the pass over queries, the pass over keys,
-// and the sums of what blocks share.
+// and, deterministic, the sum of the blocks' tables.
 #pragma once
 
 #include "../kernels/attention_backward_finish.cuh"
@@ -79,7 +79,7 @@ inline int64_t key_blocks(const AttentionShape& shape, const Plan& plan) {
 // Cuts the scratch: from null, only measures.
 struct BackwardLayout {
   BackwardScratch scratch{};
-  size_t bytes = 0, table_at = 0, table_bytes = 0;
+  size_t bytes = 0, zeros_at = 0, zeros_bytes = 0;
   int tables = 0;
 
   BackwardLayout(void* base, const AttentionProblem& problem, const Plan& plan,
@@ -97,12 +97,14 @@ struct BackwardLayout {
       scratch.grad_v = take(plan.splits * heads * shape.head_dim * shape.keys);
       if (problem.in.table) scratch.grad_pos = take(plan.splits * heads * shape.keys * 2);
     }
+    zeros_at = bytes;
+    if (plan.splits > 1)
+      scratch.arrivals = static_cast<int*>(take(key_blocks(shape, plan) / plan.splits));
     if (deterministic && problem.in.table) {
       tables = int(key_blocks(shape, plan) / heads);
-      table_at = bytes;
       scratch.grad_table = take(tables * heads * shape.table_h * shape.table_w);
-      table_bytes = bytes - table_at;
     }
+    zeros_bytes = bytes - zeros_at;
   }
 };
 
@@ -141,11 +143,11 @@ struct Backward {
       const BackwardLayout layout(memory, problem, plan, deterministic);
       const auto clear = [&](void* data, size_t bytes) {
         check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)),
-              "clearing grad_rpe_table");
+              "clearing memory of attention_backward");
       };
-      if (layout.tables)
-        clear(static_cast<char*>(memory) + layout.table_at, layout.table_bytes);
-      else if (p.in.table)
+      if (layout.zeros_bytes)
+        clear(static_cast<char*>(memory) + layout.zeros_at, layout.zeros_bytes);
+      if (p.in.table && !layout.tables)
         clear(p.grad_table, shape.heads * shape.table_h * shape.table_w * problem.acc_bytes());
 
       if (!plan.whole) over_queries(tag, problem, layout, stream);
@@ -154,7 +156,7 @@ struct Backward {
                key_blocks(shape, plan), kKeyWarps * kWarp, plan.shared, stream, p, plan,
                layout.scratch);
       });
-      finish(layout, plan, stream);
+      if (layout.tables) sum_tables(layout, stream);
     });
   }
 
@@ -176,20 +178,13 @@ struct Backward {
     });
   }
 
-  void finish(const BackwardLayout& layout, const Plan& plan, Stream stream) const {
+  void sum_tables(const BackwardLayout& layout, Stream stream) const {
     const AttentionShape& shape = p.in.shape;
-    const BackwardScratch& s = layout.scratch;
-    const int64_t heads = shape.batch * shape.heads, list = heads * shape.head_dim * shape.keys;
-    SumJobs jobs{};
-    jobs.job[0] = {s.grad_k, p.grad_k.data, list, plan.splits, true};
-    jobs.job[1] = {s.grad_v, p.grad_v.data, list, plan.splits, true};
-    jobs.job[2] = {s.grad_pos, p.grad_pos, heads * shape.keys * 2, plan.splits, false};
-    jobs.job[3] = {s.grad_table, p.grad_table, shape.heads * shape.table_h * shape.table_w,
-                   int(layout.tables * shape.batch), false};
-    int64_t size = 0;
-    for (const SumJob& job : jobs.job) size += job.parts ? job.threads() : 0;
+    const SumJob job{layout.scratch.grad_table, p.grad_table,
+                     shape.heads * shape.table_h * shape.table_w, int(layout.tables * shape.batch),
+                     false};
     launch("attention_backward_finish", attention_backward_finish_kernel<T>,
-           divide_up<int64_t>(size, 256), 256, 0, stream, jobs);
+           divide_up<int64_t>(job.threads(), 256), 256, 0, stream, job);
   }
 };
 

@@ -75,7 +75,18 @@ inline void plan_scores(Plan& plan, const AttentionShape& shape) {
   if (shape.dtype != DType::f64 && std::abs(plan.narrow_factor) < 0x1p-100f)
     plan.narrow_factor = 0x1p-100f;
   plan.inverse_factor = 1 / plan.narrow_factor;
+  plan.group_heads = int(shape.heads / shape.groups);
+  plan.drops = shape.dropout_p > 0;
+  plan.dropout = dropout_rule(shape.dropout_p);
   if (!shape.table_h) return;
+  plan.table_dtype = shape.table_in_dtype        ? shape.dtype
+                     : shape.dtype == DType::f64 ? DType::f64
+                                                 : DType::f32;
+  const bool half = plan.table_dtype == DType::f16 || plan.table_dtype == DType::bf16;
+  plan.table_stride = shape.table_h * shape.table_w *
+                      (half                             ? 2
+                       : plan.table_dtype == DType::f64 ? 8
+                                                        : 4);
   plan.y = table_axis<double>(shape.table_h, shape.height, shape.version);
   plan.x = table_axis<double>(shape.table_w, shape.width, shape.version);
   plan.narrow_y = table_axis<float>(shape.table_h, shape.height, shape.version);
@@ -97,7 +108,7 @@ struct BlockCosts {
   double start, share;
 };
 // Fitted to instructions counted on the emulated device.
-constexpr BlockCosts kForwardCosts{1.75, 0}, kQueriesCosts{1, 0}, kKeysCosts{2.5, 2};
+constexpr BlockCosts kForwardCosts{1, 0}, kQueriesCosts{1, 0}, kKeysCosts{1.25, 0.6};
 
 // A way to cut the map: into tiles of so many units or stacks of them, `tiles` of them a block.
 struct Cut {
@@ -115,7 +126,8 @@ struct Cut {
 
 // Takes the cut into tiles of at most `units` units (stacks), at most `tiles` a block, that keeps
 // the multiprocessors busy the shortest: `blocks_per_split` blocks share a split, over (image,
-// head) and maybe keys.
+// head) and maybe keys. Smaller tiles, with fewer warps a block, only where larger ones leave
+// multiprocessors without a block.
 inline void plan_tiles(Plan& plan, const AttentionProblem& problem, int units, int tiles,
                        int64_t blocks_per_split, BlockCosts costs) {
   const AttentionShape& shape = problem.in.shape;
@@ -123,23 +135,26 @@ inline void plan_tiles(Plan& plan, const AttentionProblem& problem, int units, i
   const int bands = int(divide_up<int64_t>(shape.height, kUnitRows * problem.stack));
   double least = INFINITY;
   Cut best{};
-  for (int most = 1; most <= std::min(units, strips); ++most) {
-    const int wide = divide_up(strips, divide_up(strips, most));
-    const int tall = divide_up(bands, divide_up(bands, units / wide));
-    for (int t = tiles; t; t /= 2) {
-      const Cut cut{tall, wide, t, problem.stack};
-      cut.apply(plan, strips, bands);
-      double block = plan.tiles_down * tall * wide * problem.stack + costs.start;
-      if (plan.splits > 1) block += costs.share;
-      // 32 cells of the window take as many instructions as six keys' scores of a unit.
-      if (problem.bias != Bias::direct)
-        block += window_cells(plan.y, plan.rows * plan.tiles_down) *
-                 divide_up(window_cells(plan.x, plan.columns), kWarp) / (6. * shape.keys);
-      const double blocks = plan.splits * std::max(1., double(blocks_per_split));
-      const double time = block * blocks / std::min<double>(blocks, problem.multiprocessors);
-      if (time < least) least = time, best = cut;
+  bool idle = true;
+  for (; units && idle; --units)
+    for (int most = 1; most <= std::min(units, strips); ++most) {
+      const int wide = divide_up(strips, divide_up(strips, most));
+      const int tall = divide_up(bands, divide_up(bands, units / wide));
+      for (int t = tiles; t; t /= 2) {
+        const Cut cut{tall, wide, t, problem.stack};
+        cut.apply(plan, strips, bands);
+        double block = plan.tiles_down * tall * wide * problem.stack + costs.start;
+        if (plan.splits > 1) block += costs.share;
+        // 32 cells of the window take as many instructions as six keys' scores of a unit.
+        if (problem.bias != Bias::direct)
+          block += window_cells(plan.y, plan.rows * plan.tiles_down) *
+                   divide_up(window_cells(plan.x, plan.columns), kWarp) / (6. * shape.keys);
+        const double blocks = plan.splits * std::max(1., double(blocks_per_split));
+        const double busy = std::min<double>(blocks, problem.multiprocessors);
+        const double time = block * blocks / busy;
+        if (time < least) least = time, best = cut, idle = busy < problem.multiprocessors;
+      }
     }
-  }
   best.apply(plan, strips, bands);
   plan.query_pitch =
       (problem.tensor_cores ? kMaxUnits * problem.stack * kWarp : plan.rows * plan.columns) + 8;
@@ -156,6 +171,14 @@ struct SharedLayout {
   int total() const { return int(std::min(used, size_t(1) << 30)); }
 };
 
+// Whether channels of 16-bit values lie end to end, each of them an odd number of keys, so that
+// every other one starts at a 4-byte word.
+inline bool is_odd_list(const MapView& view, const AttentionShape& shape) {
+  return view.column == 1 && view.channel == shape.keys && shape.keys % 2 &&
+         shape.head_dim % 2 == 0 && view.batch % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(view.data) % 4 == 0;
+}
+
 // Keys in shared memory at a time: all of them, or `most`.
 inline void plan_keys(Plan& plan, const AttentionProblem& problem, int least, int most) {
   plan.key_stage = least;
@@ -163,6 +186,9 @@ inline void plan_keys(Plan& plan, const AttentionProblem& problem, int least, in
   plan.key_pitch = (problem.tensor_cores ? kMaxKeys : plan.key_stage) + 8;
   const int k_vec = problem.vector_of(problem.in.k, problem.in.shape.keys);
   const int v_vec = problem.vector_of(problem.in.v, problem.in.shape.keys);
+  plan.key_words = problem.tensor_cores && problem.in.shape.keys <= plan.key_stage &&
+                   is_odd_list(problem.in.k, problem.in.shape) &&
+                   is_odd_list(problem.in.v, problem.in.shape);
   plan.key_vec = k_vec && v_vec ? std::min(k_vec, v_vec) : k_vec || v_vec ? 1 : 0;
 }
 
@@ -175,6 +201,10 @@ inline void plan_window(Plan& plan, const AttentionProblem& problem, SharedLayou
   const bool pairs = problem.bias != Bias::unit;
   plan.window_rows = window_cells(plan.y, plan.rows * plan.tiles_down);
   plan.window_columns = window_cells(plan.x, plan.columns);
+  // A little less, for rounding.
+  plan.near_y = float(plan.window_rows - kWindowBelow - 0x1p-8 -
+                      plan.y.slope * (plan.rows * plan.tiles_down - 1));
+  plan.near_x = float(plan.window_columns - 2 - 0x1p-8 - plan.x.slope * (plan.columns - 1));
   plan.window_pitch = kind == Walk::keys ? window_pitch(problem.bias) : plan.window_columns + pairs;
   // Where keys are near each other, rows that start in far banks keep them apart.
   if (kind == Walk::queries && plan.window_pitch < 64)

@@ -10,13 +10,15 @@
 //
 // The table's gradient is collected in a window in shared memory with atomic additions, and added
 // to global memory once a block. Deterministic: lane after lane, warp after warp adds to a table in
-// global memory that the block has for itself. attention_backward_finish.cuh sums what several
-// blocks have of the same key or table.
+// global memory that the block has for itself, and attention_backward_finish.cuh sums these. Of
+// several blocks with the same keys the last one to come sums what all have.
 //
 // Barriers: two a tile, before and after its use, and three more for grad_q; one for each turn at
-// the table where deterministic; one a turn when the warps' sums are combined.
+// the table where deterministic; one a turn when the warps' sums are combined; two to see who is
+// the last.
 #pragma once
 
+#include "attention_backward_finish.cuh"
 #include "key_unit.cuh"
 
 namespace dat::cuda {
@@ -84,6 +86,33 @@ __device__ void store_grad_pos(typename E::Acc (&slopes)[2][2], typename E::Acc*
           place.first_key * 2;
   for (int i = threadIdx.x; i < count; i += blockDim.x)
     to[i] = shared[i] * -(i % 2 ? plan.axis_x<A>() : plan.axis_y<A>()).quarter;
+}
+
+// Sums what the blocks of a split have of their keys, in the last of them to come: the others' are
+// in global memory by then. `last`: in shared memory.
+template <class E>
+__device__ void sum_splits(const AttentionBackward& p, const BackwardScratch& scratch,
+                           const Plan& plan, const KeyPlace& place, int* last) {
+  using T = typename E::Storage;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0)
+    *last = atomicAdd(scratch.arrivals + blockIdx.x / plan.splits, 1) == plan.splits - 1;
+  __syncthreads();
+  if (!*last) return;
+  __threadfence();
+  const AttentionShape& shape = p.in.shape;
+  const int keys = int(shape.keys), count = min(plan.key_stage, keys - place.first_key);
+  const int64_t heads = shape.batch * shape.heads;
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i)
+    sum_rows<T>({i ? scratch.grad_v : scratch.grad_k, (i ? p.grad_v : p.grad_k).data,
+                 heads * shape.head_dim * keys, plan.splits, true},
+                place.at.batch_head * shape.head_dim * keys + place.first_key, int(shape.head_dim),
+                keys, count);
+  if (p.in.table)
+    sum_rows<T>({scratch.grad_pos, p.grad_pos, heads * keys * 2, plan.splits, false},
+                (int64_t(place.at.batch_head) * keys + place.first_key) * 2, 1, 0, count * 2);
 }
 
 // What plan.whole adds to the walk: delta of a tile's queries, which takes the place of the pass
@@ -162,7 +191,7 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
     S* grads = reinterpret_cast<S*>(shared + plan.at_grads);
     S* exchange = reinterpret_cast<S*>(shared + plan.at_scratch) + warp * E::kScratch;
     const RowStatistics<A> rows(shared + plan.at_rows, plan);
-    load_keys<E>(k, v, key_lists<T>(in, at), in, plan, place.first_key);
+    load_keys<E, true>(k, v, key_lists<T>(in, at), in, plan, place.first_key);
     commit_copies();
     Scorer<E, kBias, Walk::queries> scorer(in, plan, at, shared);
     scorer.load();
@@ -179,7 +208,8 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
     for (int tile = 0; tile < plan.tiles_down; ++tile) {
       const TileOrigin origin = {at.origin.row + tile * plan.rows, at.origin.column};
       if (origin.row >= shape.height) break;
-      load_query_tiles<E>(q, grad_out, plan.whole ? grads : nullptr, p, plan, at, origin);
+      load_query_tiles<E, gives_grad_q(E::kTensorCores, E::kChannels)>(
+          q, grad_out, plan.whole ? grads : nullptr, p, plan, at, origin);
       rows.load(p, plan.whole ? nullptr : scratch.delta, plan, at, origin);
       wait_for_copies<0>();
       __syncthreads();
@@ -225,6 +255,8 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
     combine_and_store<E>(grad_v, A(1), sums, p.grad_v.data, scratch.grad_v, shape, plan, place,
                          groups, part, key);
     if (in.table) store_grad_pos<E>(slopes, sums, p, scratch, plan, place, groups, part, key);
+    if (plan.splits > 1)
+      sum_splits<E>(p, scratch, plan, place, reinterpret_cast<int*>(shared + plan.at_q));
   }
 }
 

@@ -87,12 +87,12 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
     const int slot = warp * kWarp;
     KeyStages<E> stages(in, plan, at, shared);
     Scorer<E, kBias> scorer(in, plan, at, shared);
-    stages.load(0, 0);
+    stages.template load<true>(0, 0);
     scorer.load();
     for (int tile = 0; tile < plan.tiles_down; ++tile) {
       const TileOrigin origin = {at.origin.row + tile * plan.rows, at.origin.column};
       if (origin.row >= shape.height) break;
-      load_query_tiles<E>(q, grad_out, nullptr, p, plan, at, origin);
+      load_query_tiles<E, false>(q, grad_out, nullptr, p, plan, at, origin);
       wait_for_copies<0>();
       __syncthreads();
       row_sums<E>(rows, static_cast<A*>(scratch.delta), grad_out, p, plan, at, origin);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
           exponents<E, kBias>(s, shift, scorer, in_block, first, chunk, left, tiles);
           E::scores(grad, typename E::Queries(grad_out + slot, E::query_pitch(plan)), v + chunk,
                     E::key_pitch(plan), tiles);
-          if (shape.dropout_p > 0) drop_weights<E>(grad, in, at, in_block, first + chunk);
+          if (plan.drops) drop_weights<E>(grad, in, plan, at, in_block, first + chunk);
 #pragma unroll
           for (int r = 0; r < kUnitRows; ++r) {
             const A delta = rows[slot + r * kUnitColumns + E::g()];

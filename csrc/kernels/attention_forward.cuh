@@ -50,10 +50,11 @@ struct RunningSoftmax {
     if constexpr (!kAll) {
       if (tiles == E::kTiles) return;
 #pragma unroll
-      for (int nt = 1; nt < E::kTiles; nt += 2)  // products take tiles in twos
+      for (int nt = 1; nt < E::kTiles; nt += 2) {  // products take tiles in twos
+        if (nt != tiles) continue;
 #pragma unroll
-        for (int i = 0; i < kRows * 2; ++i)
-          if (nt >= tiles) s[i / 2 / kUnitRows][i / 2 % kUnitRows][nt][i % 2] = 0;
+        for (int i = 0; i < kRows * 2; ++i) s[i / 2 / kUnitRows][i / 2 % kUnitRows][nt][i % 2] = 0;
+      }
     }
   }
 
@@ -80,7 +81,7 @@ struct RunningSoftmax {
   // computed again; not down, once a row has weights. Returns whether it moved so far that they had
   // lost digits.
   template <class Sums>
-  __device__ bool move(const Scores& s, Sums& sums, A inverse_factor) {
+  __device__ bool move(const Scores& s, int tiles, Sums& sums, A inverse_factor) {
     Rows factor;
     bool empty = false, far = false;
 #pragma unroll
@@ -89,7 +90,8 @@ struct RunningSoftmax {
       A& sum_of = (&sum[0][0])[r];
       A highest = own[0][0];
 #pragma unroll
-      for (int i = 1; i < E::kTiles * 2; ++i) highest = max(highest, own[i / 2][i % 2]);
+      for (int i = 1; i < E::kTiles * 2; ++i)
+        if (i < 2 || E::kTiles == 2 || i / 2 < tiles) highest = max(highest, own[i / 2][i % 2]);
       const A top = max_lanes(highest, E::kKeyLanes), total = sum_lanes(sum_of, E::kKeyLanes);
       const bool fresh = total == 0, masked = fresh && !(top > A(-INFINITY));
       const A by = masked ? A(0) : fresh ? top : max(top, A(0));
@@ -138,17 +140,16 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
     S* q = reinterpret_cast<S*>(shared + plan.at_q);
     S* own = q + unit.slot(plan);
     const int below = plan.columns * kUnitRows;
-    int drops = shape.dropout_p > 0;
-    asm volatile("" : "+r"(drops));  // lest float64 is compared in the loop
     S* scratch = reinterpret_cast<S*>(shared + plan.at_scratch) + warp * E::kScratch;
     KeyStages<E> stages(in, plan, at, shared);
     Scorer<E, kBias> scorer(in, plan, at, shared);
-    stages.load(0, 0);
+    stages.template load<true>(0, 0);
     scorer.load();
     for (int tile = 0; tile < plan.tiles_down; ++tile) {
       const TileOrigin origin = {at.origin.row + tile * plan.rows, at.origin.column};
       if (origin.row >= shape.height) break;
-      load_queries<E>(q, head_data<T>(in.q, shape, at), in.q, shape, plan, origin, plan.q_vec);
+      load_queries<E>(shape, plan, origin, plan.q_vec,
+                      QueryTile<S, T>{q, head_data<T>(in.q, shape, at), in.q});
       commit_copies();
       const int row = origin.row + unit.row, column = origin.column + unit.column + E::g();
       const bool active = row < shape.height && column - E::g() < shape.width;
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
                     kStartsShifted<E, kBias> ? softmax.start : zeros);
           exponents<E, kBias>(s, softmax.shift, scorer, in_block, first, chunk, left, tiles);
           if (tries < 0) {
-            const bool again = softmax.move(s, sums, scorer.inverse_factor()) && tries > -4;
+            const bool again = softmax.move(s, tiles, sums, scorer.inverse_factor()) && tries > -4;
             tries = again ? tries - 1 : 1;
             continue;
           }
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
             continue;
           }
           softmax.accept(sum);
-          if (drops) drop_weights<E>(s, in, at, in_block, first + chunk);
+          if (plan.drops) drop_weights<E>(s, in, plan, at, in_block, first + chunk);
           sums.add(s, v + chunk, E::key_pitch(plan), tiles, scratch);
           chunk += 8 * E::kTiles, tries = 0;
         }

@@ -49,22 +49,36 @@ __device__ KeyLists<T> key_lists(const AttentionInputs& in, const BlockPlace& at
   return {head_data<T>(in.k, in.shape, at), head_data<T>(in.v, in.shape, at)};
 }
 
-// Tiles of q, grad_out, and out where it is given. Asynchronous. A loop, so that the code for all
-// kinds of copies is there once.
-template <class E>
+// Tiles of q, grad_out, and out where it is given. Asynchronous.
+template <class E, bool kOut>
 __device__ void load_query_tiles(typename E::Shared* q, typename E::Shared* grad_out,
                                  typename E::Shared* out, const AttentionBackward& p,
                                  const Plan& plan, const BlockPlace& at, TileOrigin origin) {
+  using T = typename E::Storage;
+  using Tile = QueryTile<typename E::Shared, T>;
+  const AttentionShape& shape = p.in.shape;
+  const auto tile = [&](typename E::Shared* to, const MapView& view) {
+    return Tile{to, head_data<T>(view, shape, at), view};
+  };
+  if constexpr (kOut)
+    if (out && plan.q_vec == plan.grad_out_vec && plan.q_vec == plan.read_out_vec) {
+      load_queries<E>(shape, plan, origin, plan.q_vec, tile(q, p.in.q), tile(grad_out, p.grad_out),
+                      tile(out, p.out));
+      return commit_copies();
+    }
+  // A loop, so that the code for all kinds of copies is there once.
 #pragma unroll 1
-  for (int i = 0; i < (out ? 3 : 2); ++i) {
-    const MapView view = i == 0 ? p.in.q : i == 1 ? p.grad_out : p.out;
-    const int vec = i == 0 ? plan.q_vec : i == 1 ? plan.grad_out_vec : plan.read_out_vec;
-    load_queries<E>(i == 0   ? q
-                    : i == 1 ? grad_out
-                             : out,
-                    head_data<typename E::Storage>(view, p.in.shape, at), view, p.in.shape, plan,
-                    origin, vec);
-  }
+  for (int i = 0; i < (out ? 3 : 2); ++i)
+    load_queries<E>(shape, plan, origin,
+                    i == 0   ? plan.q_vec
+                    : i == 1 ? plan.grad_out_vec
+                             : plan.read_out_vec,
+                    tile(i == 0   ? q
+                         : i == 1 ? grad_out
+                                  : out,
+                         i == 0   ? p.in.q
+                         : i == 1 ? p.grad_out
+                                  : p.out));
   commit_copies();
 }
 
@@ -92,10 +106,10 @@ struct Scorer {
   }
 
   // Made where they are used: kept, they would cost registers in the loop over keys.
-  __device__ WholeTable<A> table() const { return {in, plan, at.head}; }
+  __device__ WholeTable<A> table() const { return {in, plan, int(opaque(at.head))}; }
   __device__ const A* pos(int key) const {  // [2], of this head's group
     const AttentionShape& shape = in.shape;
-    const int group = at.head / int(shape.heads / shape.groups);
+    const int group = at.head / plan.group_heads;
     return static_cast<const A*>(in.pos) +
            ((at.batch * shape.groups + group) * shape.keys + key) * 2;
   }
@@ -117,7 +131,7 @@ struct Scorer {
       window.tile_row = tile_row;
       bool mine = false;
       for (int n = threadIdx.x; n < plan.key_stage; n += blockDim.x) {
-        const bool real = first + n < in.shape.keys;
+        const bool real = first + n < int(in.shape.keys);
         const A* p = pos(first + n);
         mine |= window.stage_key(n, real ? p[0] : A(0), real ? p[1] : A(0), plan, at.origin.row,
                                  at.origin.column);
@@ -164,8 +178,8 @@ struct Dropper {
   uint64_t seed;
   int64_t batch_head;
 
-  __device__ Dropper(const AttentionInputs& in, int64_t batch_head_)
-      : rule(dropout_rule(in.shape.dropout_p)), seed(uint64_t(*in.seed)), batch_head(batch_head_) {}
+  __device__ Dropper(const AttentionInputs& in, const Plan& plan, int64_t batch_head_)
+      : rule(plan.dropout), seed(uint64_t(*in.seed)), batch_head(batch_head_) {}
 
   __device__ bool keeps(int64_t query, int key) const {
     const Random4 draw = dropout_draw(seed, batch_head, query, key / 4);
@@ -197,9 +211,10 @@ struct KeyStages {
         v(reinterpret_cast<S*>(shared + plan.at_v)) {}
 
   // Keys from `first` on, to one of the buffers.
+  template <bool kFirst = false>
   __device__ void load(int first, int buffer) const {
     const int to = buffer * E::kChannels * E::key_pitch(plan);
-    load_keys<E>(k + to, v + to, key_lists<T>(in, at), in, plan, first);
+    load_keys<E, kFirst>(k + to, v + to, key_lists<T>(in, at), in, plan, first);
     commit_copies();
   }
 
@@ -274,7 +289,8 @@ constexpr bool kStartsShifted = E::kStarts && kBias != Bias::direct;
 
 // Products q k become exponents of 2: scaled, with their bias and `shift` of the query's row. In
 // full precision it is added last: the exponent that the reference is becomes 0, and the weight of
-// a query's only key 1. Keys from first + chunk on, `left` of which are there: -inf for others.
+// a query's only key 1. Keys from first + chunk on, `left` of which are there: -inf for others of
+// their tiles.
 template <class E, Bias kBias>
 __device__ void exponents(typename E::Scores& s, const typename E::Rows& shift,
                           const Scorer<E, kBias>& scorer, UnitPlace unit, int first, int chunk,
@@ -310,7 +326,7 @@ __device__ void exponents(typename E::Scores& s, const typename E::Rows& shift,
   if (left < E::kTiles * 8) {
 #pragma unroll
     for (int nt = 0; nt < E::kTiles; ++nt) {
-      if (nt * 8 + 8 <= left) continue;
+      if (nt * 8 + 8 <= left || (E::kTiles > 2 && nt && nt >= tiles)) continue;
 #pragma unroll
       for (int i = 0; i < kRows * 2; ++i)
         if (nt * 8 + 2 * E::t() + i % 2 >= left) row_of(i / 2)[nt][i % 2] = -INFINITY;
@@ -326,13 +342,13 @@ __device__ void exponents(typename E::Scores& s, const typename E::Rows& shift,
 }
 
 template <class E>
-__device__ void drop_weights(typename E::Scores& p, const AttentionInputs& in, const BlockPlace& at,
-                             UnitPlace unit, int key) {
+__device__ void drop_weights(typename E::Scores& p, const AttentionInputs& in, const Plan& plan,
+                             const BlockPlace& at, UnitPlace unit, int key) {
   constexpr int kKeys = E::kTiles * 2, kOfUnit = kUnitRows * kKeys;
   static_assert(kOfUnit <= 32);
-  const Dropper dropper(in, at.batch_head);
-  int64_t first =
-      int64_t(at.origin.row + unit.row) * in.shape.width + at.origin.column + unit.column + E::g();
+  const Dropper dropper(in, plan, at.batch_head);
+  int64_t first = int64_t(at.origin.row + int(opaque(unit.row))) * in.shape.width +
+                  at.origin.column + unit.column + E::g();
 #pragma unroll
   for (int u = 0; u < E::kStack; ++u, first += kUnitRows * in.shape.width) {
     unsigned kept = 0;

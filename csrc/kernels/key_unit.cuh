@@ -84,7 +84,7 @@ struct KeyUnit {
       shift[r] = *reinterpret_cast<const Pair*>(rows.shift + at);
       delta[r] = *reinterpret_cast<const Pair*>(rows.delta + at);
     }
-    const bool drops = scorer.in.shape.dropout_p > 0;
+    const bool drops = scorer.plan.drops;
     A kept_scale = 1;
     const unsigned bits = drops ? kept(kept_scale) : 0;
 #pragma unroll
@@ -142,7 +142,7 @@ struct KeyUnit {
 
   // Bit i: weight i is kept, and multiplied by the scale.
   __device__ unsigned kept(A& scale) const {
-    const Dropper dropper(scorer.in, place.at.batch_head);
+    const Dropper dropper(scorer.in, scorer.plan, place.at.batch_head);
     unsigned bits = 0;
     scale = A(dropper.rule.scale);
 #pragma unroll 1
@@ -170,8 +170,8 @@ struct KeyUnit {
   }
 
   // Adds to `slopes`, of the lane's k-th key, the product of the gradients with
-  // d bias / d coordinate, and gives the table's gradient away: near_cell(cell of the window,
-  // values of three cells from there on, or two).
+  // d bias / d coordinate, and gives the table's gradient away: near_cell(place in the window
+  // in bytes, values of three cells from there on, or two).
   template <class Near>
   __device__ void near_backward(A (&slopes)[2], const KeyGrads& grad, int k, const Taps (&taps)[2],
                                 const Near& near_cell) const {
@@ -247,8 +247,8 @@ struct TableGradient {
                            int k, const Taps (&taps)[2]) const {
     typename Unit::KeyGrads of_key;
     Unit::take(of_key, grad, k);
-    unit.near_backward(slopes, of_key, k, taps, [&](int cell, const auto&... values) {
-      A* to = window + cell;
+    unit.near_backward(slopes, of_key, k, taps, [&](int place, const auto&... values) {
+      A* to = reinterpret_cast<A*>(reinterpret_cast<char*>(window) + place);
       (atomicAdd(to++, values), ...);
     });
   }
@@ -262,7 +262,8 @@ struct TableGradient {
   __device__ void add_in_turn(A (&slopes)[2][2], const Unit& unit,
                               const typename Unit::Scores& grad, bool active) const {
     const auto far = [&](int64_t cell, A value) { table[cell] += value; };
-    const auto near = [&](int cell, const auto&... values) {
+    const auto near = [&](int place, const auto&... values) {
+      const int cell = place / int(sizeof(A));
       const int row = start_y + cell / plan.window_pitch;
       int column = start_x + cell % plan.window_pitch;
       const auto add = [&](A value) {
@@ -300,13 +301,17 @@ struct TableGradient {
 
   __device__ void flush() const {
     if (!window) return;
-    const int width = int(plan.x.size), lane = threadIdx.x % kWarp;
-    for (int r = threadIdx.x / kWarp; r < plan.window_rows; r += kKeyWarps) {
-      if (unsigned(start_y + r) >= unsigned(plan.y.size)) continue;
-      const A* from = window + r * plan.window_pitch;
-      A* to = table + (int64_t(start_y + r) * width + start_x);
-      for (int c = lane; c < plan.window_columns; c += kWarp)
-        if (from[c] != 0 && unsigned(start_x + c) < unsigned(width)) atomicAdd(to + c, from[c]);
+    const int width = int(plan.x.size), pitch = plan.window_pitch;
+    // Rows and columns of the window that the table has.
+    const int bottom = min(plan.window_rows, int(plan.y.size) - start_y);
+    const int right = min(plan.window_columns, width - start_x);
+    for (int c = max(-start_x, 0) + threadIdx.x % kWarp; c < right; c += kWarp) {
+      int r = max(-start_y, 0) + threadIdx.x / kWarp;
+      const A* from = window + r * pitch + c;
+      A* to = table + int64_t(start_y + r) * width + start_x + c;
+#pragma unroll 1
+      for (; r < bottom; r += kKeyWarps, from += kKeyWarps * pitch, to += kKeyWarps * width)
+        if (*from != 0) atomicAdd(to, *from);
     }
   }
 };

@@ -6,6 +6,7 @@
 // finds its operands with ldmatrix, transposed or not.
 #pragma once
 
+#include "../math/random.h"
 #include "../params.h"
 
 namespace dat::cuda {
@@ -44,7 +45,13 @@ struct Plan {
   int key_pitch;      //   "
   int buffers;        // for keys, 1 or 2
   int window_rows, window_columns, window_pitch;  // of the table in shared memory
+  float near_y, near_x;  // where the first query is in it, at most, lest the last one leaves it
+  int group_heads;       // heads that share positions
+  int drops;             // dropout
+  Dropout dropout;       //   "
   bool whole;  // backward: a block has all keys, and the pass over keys gives grad_q as well
+  DType table_dtype;
+  int64_t table_stride;  // from a head's table to the next, in bytes
   TableAxis<double> y, x;
   TableAxis<float> narrow_y, narrow_x;  // the same
   double factor;                        // from products q k to the exponent of 2
@@ -68,8 +75,9 @@ struct Plan {
   // Values that one access moves; 1 where strides or alignment want it. 0: channels are the
   // contiguous dimension.
   int q_vec, key_vec, grad_out_vec;  // key_vec: of k and v
-  int out_vec;                       // of what is written for queries: out, grad_q
-  int read_out_vec;                  // of out, in the backward
+  bool key_words;    // of k and v two channels are a whole number of 4-byte words (load_key_words)
+  int out_vec;       // of what is written for queries: out, grad_q
+  int read_out_vec;  // of out, in the backward
   // Where things are in shared memory, in bytes.
   int at_q, at_grad_out, at_k, at_v, at_rows, at_window, at_grad_window, at_keys, at_scratch,
       at_grads, shared;
@@ -80,6 +88,7 @@ struct BackwardScratch {
   void* delta;            // [B, h, M], sum over channels of grad_out * out
   void *grad_k, *grad_v;  // [splits, B, C, N], or null: one split writes the result
   void* grad_pos;         // [splits, B, h, N, 2], or null: as above
+  int* arrivals;          // [B, h, tiles of keys] zeroed: blocks of a split that are done, or null
   void* grad_table;       // deterministic: [blocks of a head, B, h, Th, Tw] zeroed, else null
 };
 

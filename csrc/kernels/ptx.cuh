@@ -9,6 +9,13 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
   return unsigned(__cvta_generic_to_shared(p));
 }
 
+// x, of which the compiler knows nothing: what is computed from it stays where it is used, and is
+// not made ready ahead of a loop or for paths that are not taken.
+__device__ __forceinline__ unsigned opaque(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Four 8x8 matrices of 16-bit values; lanes 8 i .. 8 i + 7 give the rows of matrix i. Lane l gets
 // of each the pair at (row l / 4, columns 2 (l % 4), + 1), transposed: (rows 2 (l % 4), + 1, column
 // l / 4).
@@ -85,6 +92,28 @@ __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
+}
+
+// What other blocks of this launch have written: one value, or the four from `p` on.
+__device__ __forceinline__ void load_others(Vec<float, 1>& to, const float* p) {
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(to.at[0]) : "l"(p) : "memory");
+}
+__device__ __forceinline__ void load_others(Vec<double, 1>& to, const double* p) {
+  asm volatile("ld.relaxed.gpu.global.f64 %0, [%1];" : "=d"(to.at[0]) : "l"(p) : "memory");
+}
+__device__ __forceinline__ void load_others(Vec<float, 4>& to, const float* p) {
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(to.at[0]), "=f"(to.at[1]), "=f"(to.at[2]), "=f"(to.at[3])
+               : "l"(p)
+               : "memory");
+}
+__device__ __forceinline__ void load_others(Vec<double, 4>& to, const double* p) {
+#pragma unroll
+  for (int i = 0; i < 4; i += 2)
+    asm volatile("ld.relaxed.gpu.global.v2.f64 {%0, %1}, [%2];"
+                 : "=d"(to.at[i]), "=d"(to.at[i + 1])
+                 : "l"(p + i)
+                 : "memory");
 }
 
 // Base-2 exponential and logarithm; in float the hardware's, off by some units in the last place.

@@ -75,6 +75,13 @@ __device__ __forceinline__ void with_vector(int vec, const F& f) {
   f(std::integral_constant<int, 1>());
 }
 
+// Channels of a run, where accesses are of kVec values.
+template <int kVec>
+constexpr int kRunOf = kVec > 4 ? 4 : 8;
+
+// Lest every kind of copy is made ready for ahead of the loops.
+__device__ __forceinline__ unsigned this_thread() { return opaque(threadIdx.x); }
+
 // A rectangle of the query map.
 struct TileOrigin {
   int row, column;
@@ -88,21 +95,32 @@ __device__ __forceinline__ TileOrigin place_of(const Plan& plan, TileOrigin orig
   return {origin.row + int(row), origin.column + int(column)};
 }
 
-// map [head_dim, H, W] -> shared [channels][slots]; zeros outside the map and past
+// A map [head_dim, H, W] and the tile [channels][slots] in shared memory that it is copied to.
+template <class S, class T>
+struct QueryTile {
+  S* shared;
+  const T* map;
+  const MapView& view;
+};
+
+// Tiles of one or several maps that allow accesses of `vec` values; zeros outside the map and past
 // head_dim. Asynchronous.
-template <class E, class S, class T>
-__device__ void load_queries(S* shared, const T* map, const MapView& view,
-                             const AttentionShape& shape, const Plan& plan, TileOrigin origin,
-                             int vec) {
+template <class E, class S, class T, class... More>
+__device__ void load_queries(const AttentionShape& shape, const Plan& plan, TileOrigin origin,
+                             int vec, const QueryTile<S, T>& first, const More&... more) {
   const int area = plan.rows * plan.columns, pitch = E::query_pitch(plan);
   const int head_dim = int(shape.head_dim);
+  const auto each_tile = [&](const auto& f) { f(first), (f(more), ...); };
   if (vec == 0) {
-    for (int i = threadIdx.x; i < area * E::kChannels; i += blockDim.x) {
+    for (int i = int(this_thread()); i < area * E::kChannels; i += blockDim.x) {
       const int c = i % E::kChannels, slot = i / E::kChannels;
       const auto [row, column] = place_of(plan, origin, slot);
-      const bool inside = row < shape.height && column < shape.width && c < head_dim;
-      copy<1>(shared + c * pitch + slot,
-              map + (inside ? row * view.row + column * view.column + c : 0), inside);
+      const bool inside = row < int(shape.height) && column < int(shape.width) && c < head_dim;
+      each_tile([&, row = row, column = column](const QueryTile<S, T>& tile) {
+        const MapView& view = tile.view;
+        copy<1>(tile.shared + c * pitch + slot,
+                tile.map + (inside ? row * view.row + column * view.column + c : 0), inside);
+      });
     }
     return;
   }
@@ -110,17 +128,21 @@ __device__ void load_queries(S* shared, const T* map, const MapView& view,
     constexpr int kVec = decltype(v)::value;
     const int positions = area / kVec, runs = max(blockDim.x / positions, 1);
     // Once, but for tiles of more positions than threads.
-    for (int i = threadIdx.x; i < positions * runs; i += blockDim.x) {
+    for (int i = int(this_thread()); i < positions * runs; i += blockDim.x) {
       const int slot = unsigned(i) % positions * kVec;
-      const auto [row, column] = place_of(plan, origin, slot);
-      const bool inside = row < shape.height && column < shape.width;
-      const T* from = map + (inside ? row * view.row + column * view.column : 0);
-      each_channel<E::kChannels>(
+      const auto [row_, column_] = place_of(plan, origin, slot);
+      const int row = row_, column = column_;
+      const bool inside = row < int(shape.height) && column < int(shape.width);
+      const auto channels = [&](const QueryTile<S, T>& tile) {
+        const int64_t at = inside ? row * tile.view.row + column * tile.view.column : 0;
+        return Channels<S, const T>{tile.shared + slot, pitch, tile.map + at, tile.view.channel};
+      };
+      each_channel<E::kChannels, kRunOf<kVec>>(
           unsigned(i) / positions, runs, head_dim,
           [&](S* to, const T* at, bool exists) {
-            copy<kVec>(to, exists ? at : map, inside && exists);
+            copy<kVec>(to, exists ? at : first.map, inside && exists);
           },
-          Channels<S, const T>{shared + slot, pitch, from, view.channel});
+          channels(first), channels(more)...);
     }
   });
 }
@@ -133,11 +155,11 @@ __device__ void store_queries(T* out, const S* shared, const AttentionShape& sha
   with_vector<S, T>(vec, [&](auto v) {
     constexpr int kVec = decltype(v)::value;
     const int positions = plan.rows * plan.columns / kVec, runs = max(blockDim.x / positions, 1);
-    for (int i = threadIdx.x; i < positions * runs; i += blockDim.x) {
+    for (int i = int(this_thread()); i < positions * runs; i += blockDim.x) {
       const int slot = unsigned(i) % positions * kVec;
       const auto [row, column] = place_of(plan, origin, slot);
-      if (row >= shape.height || column >= shape.width) continue;
-      each_channel<E::kChannels>(
+      if (row >= int(shape.height) || column >= int(shape.width)) continue;
+      each_channel<E::kChannels, kRunOf<kVec>>(
           unsigned(i) / positions, runs, int(shape.head_dim),
           [&](const S* from, T* to, bool exists) {
             if (!exists) return;
@@ -163,7 +185,8 @@ struct KeyLists {
 template <class E, class T>
 __device__ void load_key_pairs(T* k, T* v, const KeyLists<T>& from, const AttentionInputs& in,
                                const Plan& plan, int first) {
-  const int n = threadIdx.x % kWarp * 2, left = int(in.shape.keys) - first - n;
+  const unsigned thread = this_thread();
+  const int n = thread % kWarp * 2, left = int(in.shape.keys) - first - n;
   if (n >= plan.key_stage) return;
   const unsigned mask = left >= 2 ? 0xffffffffu : left == 1 ? 0xffffu : 0;
 #pragma unroll 1
@@ -174,7 +197,7 @@ __device__ void load_key_pairs(T* k, T* v, const KeyLists<T>& from, const Attent
                        (left > 0 ? (first + n) * view.column : 0);
     // One run for each of four warps: its loads are under way all at once.
     each_channel<E::kChannels, E::kChannels / 4>(
-        int(threadIdx.x / kWarp), int(blockDim.x / kWarp), int(in.shape.head_dim),
+        int(thread / kWarp), int(blockDim.x / kWarp), int(in.shape.head_dim),
         [&](T* to, const unsigned short* at, bool exists) {
           const unsigned pair = exists ? at[0] | unsigned(at[right]) << 16 : 0;
           *reinterpret_cast<unsigned*>(to) = pair & mask;
@@ -183,15 +206,44 @@ __device__ void load_key_pairs(T* k, T* v, const KeyLists<T>& from, const Attent
   }
 }
 
+// The same of lists of an odd number of keys that lie end to end (Plan::key_words). Of two
+// channels, the first is in words as it will be; a pair of the second is half of a word and half of
+// the next, which the next lane has.
+template <class E, class T>
+__device__ void load_key_words(T* k, T* v, const KeyLists<T>& from, const AttentionInputs& in,
+                               const Plan& plan) {
+  const unsigned thread = this_thread();
+  const int lane = thread % kWarp, keys = int(in.shape.keys), half = unsigned(keys) / 2;
+  const int left = keys - lane * 2;
+  const unsigned mask = left >= 2 ? 0xffffffffu : left == 1 ? 0xffffu : 0;
+  const int word = min(lane, half);
+  const auto place = [&](T* to, const T* list) {
+    return Channels<unsigned, const unsigned>{reinterpret_cast<unsigned*>(to) + lane,
+                                              E::key_pitch(plan),
+                                              reinterpret_cast<const unsigned*>(list) + word, keys};
+  };
+  each_channel<E::kChannels / 2, E::kChannels / 8>(
+      __shfl_sync(kAllLanes, int(thread / kWarp), 0), int(blockDim.x / kWarp),
+      int(unsigned(in.shape.head_dim) / 2),
+      [&](unsigned* to, const unsigned* at, bool exists) {
+        const unsigned pair = exists ? at[0] : 0, odd = exists ? at[half] : 0;
+        const unsigned next = __shfl_down_sync(kAllLanes, odd, 1);
+        to[0] = pair & mask;
+        to[E::key_pitch(plan) / 2] = __funnelshift_r(odd, next, 16) & mask;
+      },
+      place(k, from.k), place(v, from.v));
+}
+
 // Keys [first, first + key_stage) of lists [head_dim, N] -> shared [channels][key_stage]; zeros
-// past N and head_dim. Asynchronous.
-template <class E, class S, class T>
+// past N and head_dim. Asynchronous. kFirst: it may be that these are all.
+template <class E, bool kFirst, class S, class T>
 __device__ void load_keys(S* k, S* v, const KeyLists<T>& from, const AttentionInputs& in,
                           const Plan& plan, int first) {
   const int pitch = E::key_pitch(plan), head_dim = int(in.shape.head_dim);
   const int keys = int(in.shape.keys);
+  const unsigned thread = this_thread();
   if (plan.key_vec == 0) {
-    for (int i = threadIdx.x; i < plan.key_stage * E::kChannels; i += blockDim.x) {
+    for (int i = int(thread); i < plan.key_stage * E::kChannels; i += blockDim.x) {
       const int c = i % E::kChannels, n = i / E::kChannels, to = c * pitch + n;
       const bool inside = first + n < keys && c < head_dim;
       copy<1>(k + to, from.k + (inside ? (first + n) * in.k.column + c : 0), inside);
@@ -199,17 +251,19 @@ __device__ void load_keys(S* k, S* v, const KeyLists<T>& from, const AttentionIn
     }
     return;
   }
-  if constexpr (std::is_same_v<S, T> && sizeof(T) == 2)
+  if constexpr (std::is_same_v<S, T> && sizeof(T) == 2) {
+    if (kFirst && plan.key_words) return load_key_words<E>(k, v, from, in, plan);
     if (plan.key_vec == 1) return load_key_pairs<E>(k, v, from, in, plan, first);
+  }
   with_vector<S, T>(plan.key_vec, [&](auto vec) {
     constexpr int kVec = decltype(vec)::value;
     // A warp takes whole channels: several at a time if they are short.
     constexpr int kLanes = kVec > 2 ? kMaxKeys / kVec : kWarp;
-    for (int n = threadIdx.x % kLanes * kVec; n < plan.key_stage; n += kLanes * kVec) {
+    for (int n = int(thread % kLanes) * kVec; n < plan.key_stage; n += kLanes * kVec) {
       const bool inside = first + n < keys;
       const int key = inside ? first + n : 0;
       each_channel<E::kChannels>(
-          int(threadIdx.x / kLanes), int(blockDim.x / kLanes), head_dim,
+          int(thread / kLanes), int(blockDim.x / kLanes), head_dim,
           [&](S* to, const T* at, bool exists) {
             copy<kVec>(to, exists ? at : from.k, inside && exists);
           },

@@ -13,20 +13,15 @@ namespace dat::cuda {
 template <class A>
 struct WholeTable {
   const void* data;  // [Th, Tw]
-  DType dtype;
   const Plan& plan;
 
-  __device__ WholeTable(const AttentionInputs& in, const Plan& plan_, int64_t head)
-      : dtype(in.shape.table_in_dtype ? in.shape.dtype : DType::f32), plan(plan_) {
-    const int bytes =
-        in.shape.table_in_dtype && sizeof(A) == 4 && dtype != DType::f32 ? 2 : sizeof(A);
-    data = static_cast<const char*>(in.table) + head * in.shape.table_h * in.shape.table_w * bytes;
-  }
+  __device__ WholeTable(const AttentionInputs& in, const Plan& plan_, int head)
+      : data(static_cast<const char*>(in.table) + head * plan_.table_stride), plan(plan_) {}
 
   __device__ A tap(int64_t row, int64_t column) const {
     if (row < 0 || row >= plan.y.size || column < 0 || column >= plan.x.size) return 0;
     const int64_t i = row * plan.x.size + column;
-    switch (dtype) {
+    switch (plan.table_dtype) {
       case DType::f16: return A(to_acc(static_cast<const __half*>(data)[i]));
       case DType::bf16: return A(to_acc(static_cast<const __nv_bfloat16*>(data)[i]));
       default: return static_cast<const A*>(data)[i];

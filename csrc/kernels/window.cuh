@@ -137,9 +137,10 @@ struct RowGroup<A, Bias::unit, kUnitRows> {
 template <class A>
 struct alignas(16) WindowKey {
   // At slope 1: the fraction of the cell along x, the weights of its two rows times log2(e), 0 for
-  // far keys, and the cell of the block's first query. Else: where the block's first query is in
-  // the window, and the slope along x; far keys stay in column -1, where the window is zero.
-  A x, y0_or_slope_x, y1_or_y, cell;  // the cell as the bits of a number
+  // far keys, and the place in bytes of the block's first query's cell. Else: where the block's
+  // first query is in the window, and the slope along x; far keys stay in column -1, where the
+  // window is zero.
+  A x, y0_or_slope_x, y1_or_y, place;  // the place as the bits of a number
 };
 
 // And for a band of queries, at slopes other than 1: where the first one is (RowGroup), and the row
@@ -192,14 +193,16 @@ struct TableWindow {
     // Rows of the window that the table has: [top, bottom).
     const int top = min(max(-start_y, 0), rows);
     const int bottom = max(min(rows, int(plan.y.size) - start_y), top);
-    const int64_t step = int64_t(warps) * width;
+    // A warp takes runs of rows, whose loads are under way all at once.
+    constexpr int kRun = 4;
     for (int c = lane; c < columns; c += kWarp) {
-      const Tap<T> own(table, start_x + c, start_y + top + warp, width);
-      const Tap<T> next(table, start_x + c + 1, start_y + top + warp, width);
-      const T *at = own.at, *right = next.at;
-      Cell* cells = to + (top + warp) * pitch() + c;
-#pragma unroll 4
-      for (int r = top + warp; r < bottom; r += warps, at += step, cells += warps * pitch()) {
+      const Tap<T> own(table, start_x + c, start_y, width);
+      const Tap<T> next(table, start_x + c + 1, start_y, width);
+      int r = top + warp * kRun;
+      const int64_t step = width;
+      const T *at = own.at + r * step, *right = next.at + r * step;
+      Cell* cells = to + r * pitch() + c;
+      const auto copy_row = [&] {
         if constexpr (!kPairs && std::is_same_v<T, A> && sizeof(A) == 4) {
           copy_async<4>(shared_address(cells), at, own.inside);
         } else if constexpr (!kPairs) {
@@ -209,9 +212,21 @@ struct TableWindow {
           *cells = {value, next.value(right) * A(kLog2e) - value};
           right += step;
         }
+        at += step, cells += pitch();
+      };
+#pragma unroll 1
+      for (; r + kRun <= bottom; r += warps * kRun) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) copy_row();
+        const int skipped = (warps - 1) * kRun;
+        at += skipped * step, right += skipped * step, cells += skipped * pitch();
       }
-      for (int r = warp; r < top; r += warps) to[r * pitch() + c] = Cell{};
-      for (int r = bottom + warp; r < rows; r += warps) to[r * pitch() + c] = Cell{};
+#pragma unroll 1
+      for (; r < bottom; ++r) copy_row();
+#pragma unroll 1
+      for (r = warp; r < top; r += warps) to[r * pitch() + c] = Cell{};
+#pragma unroll 1
+      for (r = bottom + warp; r < rows; r += warps) to[r * pitch() + c] = Cell{};
     }
     if (kPairs)
       for (int r = threadIdx.x; r < rows; r += blockDim.x) to[r * pitch() - 1] = Cell{};
@@ -244,11 +259,8 @@ struct TableWindow {
   __device__ bool stage_key(int n, A pos_y, A pos_x, const Plan& plan, int row, int column) const {
     const A y = slope_y * row + plan.axis_y<A>().shift(pos_y) - A(start_y);
     const A x = slope_x * column + plan.axis_x<A>().shift(pos_x) - A(start_x);
-    const A last_y = y + slope_y * (plan.rows * plan.tiles_down - 1),
-            last_x = x + slope_x * (plan.columns - 1);
     // Written so that NaN is far.
-    const bool near = y >= 0 && x >= 0 && last_y < A(plan.window_rows - kWindowBelow) &&
-                      last_x < A(plan.window_columns - 2);
+    const bool near = y >= 0 && x >= 0 && y < A(plan.near_y) && x < A(plan.near_x);
     if constexpr (kPairs) {
       keys[n] = near ? WindowKey<A>{x, slope_x, y, 0} : WindowKey<A>{-1, 0, 0, 0};
       if constexpr (kBands)
@@ -262,7 +274,7 @@ struct TableWindow {
     } else {
       const A floor_y = floor(y), floor_x = floor(x), lower = (y - floor_y) * A(kLog2e);
       keys[n] = {x - floor_x, A(kLog2e) - lower, lower,
-                 number_of_bits<A>(int(floor_y) * pitch() + int(floor_x))};
+                 number_of_bits<A>((int(floor_y) * pitch() + int(floor_x)) * int(sizeof(Cell)))};
     }
     return !near;
   }
@@ -277,10 +289,12 @@ struct TableWindow {
     A h[Group::kReads], d[Group::kReads];  // interpolated in x; and the derivative
     Group group;
     A fraction_x;
-    int cell, pitch;  // no cell of bands
+    int place, pitch;  // of gradients: the cell's place, and a row's, in bytes; no place of bands
 
     Taps() = default;
-    __device__ Taps(const TableWindow& at, int n, int row, int column) : pitch(at.pitch()) {
+    __device__ Taps(const TableWindow& at, int n, int row, int column)
+        : pitch(at.pitch() * int(sizeof(A))) {
+      const int pitch = at.pitch();
       const Cell* cells;
       if constexpr (kPairs) {
         const auto line = *reinterpret_cast<const Vec<A, 2>*>(at.keys + n);
@@ -293,15 +307,16 @@ struct TableWindow {
         } else {
           const Parts<A> y = parts_of(fused(at.slope_y, A(row), at.keys[n].y1_or_y));
           group = Group(y.fraction - Group::kFrom, at.slope_y);
-          cell = place_of(y, x, pitch);
+          const int cell = place_of(y, x, pitch);
+          place = cell * int(sizeof(A));
           cells = at.window + cell;
         }
       } else {
         const WindowKey<A> key = at.keys[n];
-        cell = bits_of_number(key.cell) + (row * pitch + column);
+        place = bits_of_number(key.place) + (row * pitch + column) * int(sizeof(A));
         group = Group(key.y0_or_slope_x, key.y1_or_y);
         fraction_x = key.x;
-        cells = at.window + cell;
+        cells = reinterpret_cast<const Cell*>(reinterpret_cast<const char*>(at.window) + place);
       }
 #pragma unroll
       for (int i = 0; i < Group::kReads; ++i) {
@@ -336,7 +351,7 @@ struct TableWindow {
   };
 
   // Two neighbouring columns at a time: given the gradients that arrive at their table rows, calls
-  // add(cell of the window, value, next cell's value, ..) with the table's gradient.
+  // add(place of a cell, value, next cell's value, ..) with the table's gradient.
   template <class Add>
   __device__ static void scatter(const Taps (&taps)[2], const A (&grad_h)[2][Group::kReads],
                                  const Add& add) {
@@ -344,12 +359,12 @@ struct TableWindow {
     for (int i = 0; i < Group::kReads; ++i) {
       const A right[2] = {grad_h[0][i] * taps[0].fraction_x, grad_h[1][i] * taps[1].fraction_x};
       const A left[2] = {grad_h[0][i] - right[0], grad_h[1][i] - right[1]};
-      const int cell = taps[0].cell + i * taps[0].pitch;
+      const int place = taps[0].place + i * taps[0].pitch;
       if constexpr (kPairs) {
-        add(cell, left[0], right[0]);
-        add(taps[1].cell + i * taps[1].pitch, left[1], right[1]);
+        add(place, left[0], right[0]);
+        add(taps[1].place + i * taps[1].pitch, left[1], right[1]);
       } else {
-        add(cell, left[0], right[0] + left[1], right[1]);
+        add(place, left[0], right[0] + left[1], right[1]);
       }
     }
   }
