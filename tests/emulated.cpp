@@ -1,4 +1,6 @@
 // The operators on the emulated device: CUDA's kernels and launchers at work on CPU tensors.
+#include <cstdlib>
+
 #include "ops.h"
 
 namespace {
@@ -8,6 +10,18 @@ struct EmulatedDevice : dat::CudaKernels {
 };
 
 }  // namespace
+
+// The linker sends csrc/cuda here: tests choose how many multiprocessors the device has, which
+// decides how its work is cut into blocks (tests/emulated.py).
+extern "C" int __real_cudaDeviceGetAttribute(int* value, int attribute, int device);
+extern "C" int __wrap_cudaDeviceGetAttribute(int* value, int attribute, int device) {
+  constexpr int kMultiProcessorCount = 16;  // cudaDevAttrMultiProcessorCount
+  const char* chosen = std::getenv("DAT_EMULATED_MULTIPROCESSORS");
+  if (attribute != kMultiProcessorCount || !chosen)
+    return __real_cudaDeviceGetAttribute(value, attribute, device);
+  *value = std::atoi(chosen);
+  return 0;
+}
 
 STABLE_TORCH_LIBRARY(dat_cuda_emulated, m) { dat::define_operators(m); }
 STABLE_TORCH_LIBRARY_IMPL(dat_cuda_emulated, CPU, m) {

@@ -69,7 +69,7 @@ class EmulatedNinja(dat_ninja.NinjaFile):
         self.add_cuda_sources(CUDA_FLAGS)
 
     def linker(self) -> str:
-        return "$cxx -shared"
+        return "$cxx -shared -Wl,--wrap=cudaDeviceGetAttribute"
 
 
 def _find_nvcc() -> dat_toolchain.Nvcc | None:
@@ -116,6 +116,16 @@ def _build() -> Path:
         ninja.link(library, f"-L{emulator}", "-lptxemu_cudart", f"-Wl,-rpath,{emulator}")
         ninja.run()
     return library
+
+
+@contextmanager
+def multiprocessors(count: int | None):
+    """The emulated device has so many, and its maps are cut accordingly: with few, blocks have as
+    many warps as they may; with the usual 108, small maps come in blocks of one warp."""
+    with pytest.MonkeyPatch.context() as patch:
+        if count is not None:
+            patch.setenv("DAT_EMULATED_MULTIPROCESSORS", str(count))
+        yield
 
 
 @contextmanager

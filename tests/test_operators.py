@@ -5,6 +5,7 @@ Cases are drawn so that every pair of values of two parameters occurs (operator_
 
 import pytest
 import torch
+from emulated import multiprocessors
 from operator_cases import (
     DTYPES,
     LAYOUTS,
@@ -22,6 +23,9 @@ from operator_cases import (
 
 import dat_cuda
 from dat_cuda import reference
+
+# Of the emulated device; None: as it is. Another axis would double the cases.
+MULTIPROCESSORS = {1: None, 2: 1, 3: 8}
 
 SIZES = ((1, 1), (7, 7), (13, 17), (33, 9), (1, 33), (17, 1), (5, 33), (20, 70))
 DENSE = ("N", "MN", "hMN", "1h1N", "B1M1", "B11N", "1hM1", "BhMN")
@@ -92,7 +96,7 @@ def spoil_scratch(dtype):
 
 def check(native, operator, case, deterministic=True):
     inputs, grads = case.inputs(), case.grads()
-    with threads(case.threads):
+    with threads(case.threads), multiprocessors(MULTIPROCESSORS[case.threads]):
         if native == "cpu":
             spoil_scratch(case.dtype)
         with poisoned_memory(deterministic):
