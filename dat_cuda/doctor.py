@@ -38,13 +38,17 @@ class BiasKind:
     table: tuple[int, int] | None = None
     reach: float = 0.95  # of the keys' positions
     dense: bool = False
+    batch: int = 2
 
 
+# Batches of 40 have enough queries for blocks of several warps on every GPU; small ones are cut
+# into blocks of one.
 BIASES = {
     "none": BiasKind(),
     "dense": BiasKind(size=(9, 13), keys=70, dense=True),
     "unit": BiasKind(table=(23, 31)),
-    "slope": BiasKind("dat", table=(23, 31)),
+    "unit, all keys at once": BiasKind(size=(14, 14), keys=49, table=(27, 27), batch=40),
+    "slope": BiasKind("dat", table=(23, 31), batch=40),
     "shallow": BiasKind(size=(13, 9), keys=70, table=(6, 5)),
     "steep": BiasKind(size=(9, 13), keys=70, table=(57, 50)),
     "far": BiasKind(size=(9, 13), keys=70, table=(17, 25), reach=1.8),
@@ -112,7 +116,7 @@ def _away_from_borders(draw: Callable[[], Tensor], cells: Callable[[Tensor], Ten
 
 def attention_check(dtype: torch.dtype, head_dim: int, name: str, device: str) -> Check:
     kind, heads = BIASES[name], 2
-    accurate, size = _accumulation(dtype), (BATCH, heads * head_dim)
+    accurate, size = _accumulation(dtype), (kind.batch, heads * head_dim)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype)
@@ -120,14 +124,14 @@ def attention_check(dtype: torch.dtype, head_dim: int, name: str, device: str) -
     def positions(points: Tensor, cells: int) -> Tensor:
         """Of keys along one axis, whose queries are at the points."""
         return _away_from_borders(
-            lambda: (torch.rand(BATCH, 1, kind.keys, dtype=accurate) * 2 - 1) * kind.reach,
+            lambda: (torch.rand(kind.batch, 1, kind.keys, dtype=accurate) * 2 - 1) * kind.reach,
             lambda pos: (cells - 1) / 4 * (points - pos.double().unsqueeze(-1) + 2),
         )
 
     inputs = {"q": normal(*size, *kind.size)}
     inputs |= {name: normal(*size, kind.keys) for name in ("k", "v")}
     if kind.dense:
-        inputs["bias"] = normal(BATCH, heads, kind.size[0] * kind.size[1], kind.keys)
+        inputs["bias"] = normal(kind.batch, heads, kind.size[0] * kind.size[1], kind.keys)
     if kind.table:
         grid = reference.query_grid(*kind.size, kind.version, dtype=torch.float64)
         axes = zip((grid[:, 0, 0], grid[0, :, 1]), kind.table, strict=True)

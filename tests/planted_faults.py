@@ -1,8 +1,8 @@
 """Would the emulated tests notice? Plants faults in copies of the CUDA sources, one at a time.
 
-Each copy's attention_forward_bf16.cu is compiled for the emulated device, linked with the other
-objects as they are, and runs small cases with race checks and exact bounds: a report or a wrong
-result is expected, and neither from the unmodified sources.
+Each copy's attention_forward_bf16.cu, or attention_backward_bf16.cu, is compiled for the emulated
+device, linked with the other objects as they are, and runs small cases with race checks and exact
+bounds: a report or a wrong result is expected, and neither from the unmodified sources.
 
     python tests/planted_faults.py [word of a fault's name]
 
@@ -10,6 +10,7 @@ exits with 1 if any fault goes unnoticed.
 """
 
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -25,7 +26,6 @@ from operator_cases import poisoned_memory
 import dat_cuda
 from dat_cuda import doctor, reference
 
-SOURCE = "csrc/cuda/attention_forward_bf16.cu"
 # What is wrong: the file, and its text without and with the fault.
 FAULTS = {
     "a barrier is missing": (
@@ -35,8 +35,8 @@ FAULTS = {
     ),
     "a bound is off by one": (
         "csrc/kernels/stage.cuh",
-        "inside = first + n < shape.keys;",
-        "inside = first + n <= shape.keys;",
+        "inside = first + n < keys;",
+        "inside = first + n <= keys;",
     ),
     "copies are not waited for": (
         "csrc/kernels/attention_tiles.cuh",
@@ -45,18 +45,43 @@ FAULTS = {
     ),
     "a block too few": (
         "csrc/cuda/attention_forward.cuh",
-        "shape.heads * shape.batch;",
-        "shape.heads * shape.batch - 1;",
+        "plan.splits * shape.heads * shape.batch,",
+        "plan.splits * shape.heads * shape.batch - 1,",
     ),
     "a warp too few": (
         "csrc/cuda/attention_forward.cuh",
-        "plan.rows * plan.columns, plan.shared,",
-        "plan.rows * plan.columns - 32, plan.shared,",
+        "plan.rows * plan.columns / E::kStack,",
+        "plan.rows * plan.columns / E::kStack - 32,",
     ),
     "a warp too many": (
         "csrc/cuda/attention_forward.cuh",
-        "plan.rows * plan.columns, plan.shared,",
-        "plan.rows * plan.columns + 32, plan.shared,",
+        "plan.rows * plan.columns / E::kStack,",
+        "plan.rows * plan.columns / E::kStack + 32,",
+    ),
+    "backward: a barrier is missing": (
+        "csrc/kernels/attention_backward_keys.cuh",
+        "make_grad_q(k, origin);\n      __syncthreads();",
+        "make_grad_q(k, origin);",
+    ),
+    "backward: the turns do not wait": (
+        "csrc/kernels/attention_backward_keys.cuh",
+        "    __syncthreads();\n    if (part != turn) continue;",
+        "    if (part != turn) continue;",
+    ),
+    "backward: the first sums, not the last": (
+        "csrc/kernels/attention_backward_keys.cuh",
+        "== plan.splits - 1;",
+        "== 0;",
+    ),
+    "backward: a block too few": (
+        "csrc/cuda/attention_backward.cuh",
+        "key_blocks(shape, plan), kKeyWarps",
+        "key_blocks(shape, plan) - 1, kKeyWarps",
+    ),
+    "backward: a warp too few": (
+        "csrc/cuda/attention_backward.cuh",
+        "key_blocks(shape, plan), kKeyWarps * kWarp,",
+        "key_blocks(shape, plan), kKeyWarps * kWarp - 32,",
     ),
 }
 NOTICED = 3
@@ -68,9 +93,11 @@ def planted(name: str, folder: Path) -> Path:
     import ptxemu.build
 
     file, text, fault = FAULTS[name]
+    direction = "backward" if name.startswith("backward") else "forward"
+    unit = folder / "csrc" / "cuda" / f"attention_{direction}_bf16.cu"
     shutil.copytree(emulated.PROJECT / "csrc", folder / "csrc")
     for source in (folder / "csrc" / "cuda").glob("*.cu"):
-        if source != folder / SOURCE:
+        if source != unit:
             source.unlink()
     whole = (folder / file).read_text()
     if whole.count(text) != 1:
@@ -109,23 +136,28 @@ def run_cases(library: str) -> int:
 
     ptxemu.device.load()
     emulated._build = lambda: library
+    doctor.BIASES["few"] = doctor.BiasKind(size=(14, 14), keys=25, table=(27, 27))
     torch.manual_seed(0)
-    # Wide copies and two loads of keys; narrow ones, with keys that the window does not hold.
-    for bias in ("unit", "far"):
+    # Wide copies and two loads of keys; narrow ones, with keys that the window does not hold; all
+    # keys at once. One multiprocessor: blocks of several warps; 108: several blocks of a split.
+    for bias, count in itertools.product(("unit", "far", "few"), (1, 108)):
         case = doctor.attention_check(torch.bfloat16, 32, bias, "cpu")
-        exact = reference.deform_attention(
-            **{name: t.double() for name, t in case.inputs.items()}, **case.options
-        )
+        exact = case.results(reference, torch.float64)
         try:
-            with emulated.emulated(race_seed=0), poisoned_memory(deterministic=False):
-                out = dat_cuda.deform_attention(**case.inputs, **case.options)
+            with (
+                emulated.emulated(race_seed=0),
+                emulated.multiprocessors(count),
+                poisoned_memory(deterministic=False),
+            ):
+                found = case.results(dat_cuda)
         except (RuntimeError, ptxemu.PtxError) as error:
             print(str(error).splitlines()[0])
             return NOTICED
-        error = (out.double() - exact).abs().max().item()
-        if not error < 0.05:
-            print(f"off by {error:.2g}")
-            return NOTICED
+        for name, right in exact.items():
+            error = (found[name].double() - right).abs().max() / right.abs().max()
+            if not error < 0.05:
+                print(f"{name} is off by {error:.2g}")
+                return NOTICED
     return 0
 
 
@@ -138,7 +170,7 @@ def main(word: str = "") -> int:
             rows.append((name, noticed(planted(name, Path(folder)))))
     for i, (name, report) in enumerate(rows):
         failed |= (report is None) == (i > 0)
-        print(f"{name:<28}{report or 'not noticed'}")
+        print(f"{name:<40}{report or 'not noticed'}")
     return int(failed)
 
 

@@ -7,6 +7,12 @@ import planted_faults
 import pytest
 
 
+@pytest.mark.parametrize("name", planted_faults.FAULTS)
+def test_there_is_where_to_plant_it(name):
+    file, text, fault = planted_faults.FAULTS[name]
+    assert (emulated.PROJECT / file).read_text().count(text) == 1 and text != fault
+
+
 @pytest.mark.slow
 def test_a_missing_barrier_is_noticed(tmp_path):
     if reason := emulated.unavailable():
