@@ -6,6 +6,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include "depthwise.h"
+#include "threads.h"
 #include "windows.h"
 
 namespace dat {
@@ -46,10 +48,12 @@ struct CudaDevice : CudaKernels {
 STABLE_TORCH_LIBRARY(dat_cuda, m) {
   dat::define_operators(m);
   dat::define_window_operators(m);
+  dat::define_depthwise_operators(m);
 }
 STABLE_TORCH_LIBRARY_IMPL(dat_cuda, CPU, m) {
   dat::implement_operators<dat::CpuDevice>(m);
   dat::implement_window_operators(m);
+  dat::implement_depthwise_operators(m);
 }
 #if defined(DAT_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(dat_cuda, CUDA, m) { dat::implement_operators<dat::CudaDevice>(m); }

@@ -100,4 +100,35 @@ struct AttentionBackward {
   int64_t grad_bias_batch, grad_bias_head;  // its strides, 0 where broadcast
 };
 
+// A depthwise convolution of the groups of a map: image b * groups + g has group g's channels of
+// image b, and all of them the same filters.
+struct DepthwiseShape {
+  int64_t batch, groups, channels, height, width, out_h, out_w, kernel, stride, padding;
+  DType dtype;  // f32 or f64
+
+  int64_t images() const { return batch * groups; }
+  int64_t filters() const { return channels / groups; }
+  int64_t taps() const { return kernel * kernel; }
+  int64_t results() const { return out_h * out_w; }
+};
+
+struct DepthwiseForward {
+  DepthwiseShape shape;
+  MapView x;           // [B, C, H, W]
+  const void* weight;  // [C / G, kernel, kernel]
+  const void* bias;    // [C / G]
+  void* out;           // [B * G, out_h, out_w, C / G]
+};
+
+struct DepthwiseBackward {
+  DepthwiseShape shape;
+  MapView x;
+  const void* weight;
+  MapView grad;       // [B * G, C / G, out_h, out_w]
+  MapView more;       // [B, C, H, W], added to grad_x, or null
+  MapView grad_x;     // [B, C, H, W], contiguous or channels-last
+  void* grad_weight;  // [C / G, kernel, kernel]
+  void* grad_bias;    // [C / G]
+};
+
 }  // namespace dat

@@ -11,19 +11,9 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
+#include "threads.h"
 
 namespace dat {
-
-// torch's threads for the CPU kernels.
-inline cpu::Threads torch_threads() {
-  return {int(torch::stable::get_num_threads()),
-          [](int tasks, void (*body)(void*, int), void* context) {
-            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t task = begin; task < end; ++task) body(context, int(task));
-            });
-          }};
-}
 
 // Writes the windows' rows of out; returns lse [W, heads, M].
 inline Tensor window_attention_forward(const Tensor& qkv, const Tensor& queries, const Tensor& keys,

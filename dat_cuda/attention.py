@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .functional import deform_attention, deform_sample, is_native
+from .offsets import is_hooked, is_usual, offsets
 from .reference import VERSIONS, query_grid, reference_points
 
 Encoding = Literal["none", "rpe", "fixed", "log_cpb", "dwc"]
@@ -178,7 +179,8 @@ class DAttention(nn.Module):
             # The projections want it so (project); then samples are read and written so, too.
             x = x.contiguous(memory_format=torch.channels_last)
         q = project(self.proj_q, x)
-        sampled, pos, reference = self._keys(x, q)
+        offset, q = self._offsets(q)
+        sampled, pos, reference = self._keys(x, offset)
         k = project(self.proj_k, sampled)
         v = project(self.proj_v, sampled)
         table = self.rpe_table if self.encoding == "rpe" else None
@@ -198,25 +200,26 @@ class DAttention(nn.Module):
             out = out + self.rpe_table(q)
         return self.proj_drop(project(self.proj_out, out, channels_last)), pos, reference
 
-    def _keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """sampled [B, C, N], pos and reference [B, G, Hk, Wk, 2]."""
-        batch, _, height, width = x.shape
+    def _offsets(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """[B * G, 2, Hk, Wk]; and q for what follows (offsets.depthwise)."""
+        batch, _, height, width = q.shape
         if self.no_off:
-            hk, wk = self._key_size(height, width)
             # Factor 0 keeps these zeros zero: tanh of a reference point would move it.
-            offset = x.new_zeros(batch * self.n_groups, 2, hk, wk)
-        else:
-            if has_cpu_ways(q) and height * width <= 256:
-                # A small map's depthwise backward is faster channels-last (docs/cpu-kernels.md).
-                grouped = rearrange(q, "b (g c) y x -> b g y x c", g=self.n_groups).contiguous()
-                grouped = grouped.flatten(0, 1).permute(0, 3, 1, 2)
-            else:
-                grouped = q.reshape(-1, self.n_group_channels, height, width)
-            offset = self.conv_offset(grouped)
-            hk, wk = offset.shape[2:]
+            return q.new_zeros(batch * self.n_groups, 2, *self._key_size(height, width)), q
+        if has_cpu_ways(q) and is_usual(self.conv_offset, q):
+            return offsets(self.conv_offset, q)
+        if has_cpu_ways(q) and height * width <= 256:
+            # A small map's depthwise backward is faster channels-last (docs/cpu-kernels.md).
+            grouped = rearrange(q, "b (g c) y x -> b g y x c", g=self.n_groups).contiguous()
+            return self.conv_offset(grouped.flatten(0, 1).permute(0, 3, 1, 2)), q
+        return self.conv_offset(q.reshape(-1, self.n_group_channels, height, width)), q
+
+    def _keys(self, x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """sampled [B, C, N], pos and reference [B, G, Hk, Wk, 2]."""
+        hk, wk = offset.shape[2:]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         reference = _reference_points(x, hk, wk, self.version, dtype)
-        reference = reference.expand(batch, self.n_groups, -1, -1, -1)
+        reference = reference.expand(x.shape[0], self.n_groups, -1, -1, -1)
         if self.no_off and self.version == "dat++":
             sampled = F.avg_pool2d(x, self.stride, self.stride).flatten(2)
             pos = reference.clamp(-1.0, 1.0) if self.offset_range_factor < 0 else reference
@@ -303,13 +306,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling it does nothing but its product: users replace and hook modules."""
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-    )
-    return type(layer) in (nn.Conv2d, nn.Linear) and layer.bias is not None and not any(hooks)
+    plain = type(layer) in (nn.Conv2d, nn.Linear) and layer.bias is not None
+    return plain and not is_hooked(layer)
 
 
 def _check_arguments(given: dict) -> None:

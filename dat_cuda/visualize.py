@@ -112,7 +112,7 @@ def attention_weights(layer: DAttention, x: Tensor, queries: Tensor) -> Tensor:
         queries: [Q], numbers of pixels of x, row by row.
     """
     q_map = layer.proj_q(x)
-    sampled, pos, _ = layer._keys(x, q_map)
+    sampled, pos, _ = layer._keys(x, layer._offsets(q_map)[0])
     k_map = layer.proj_k(sampled.unsqueeze(2))
     q, k = (t.flatten(2).unflatten(1, (layer.n_heads, -1)) for t in (q_map, k_map))
     scores = torch.einsum("bhcm,bhcn->bhmn", q[..., queries], k) * layer.scale
@@ -165,7 +165,8 @@ def _run(model: nn.Module, x: Tensor) -> list[_Seen]:
 
     def look(layer: DAttention, inputs: tuple, result: object) -> None:
         features = inputs[0].detach()
-        _, pos, reference = layer._keys(features, layer.proj_q(features))
+        offset, _ = layer._offsets(layer.proj_q(features))
+        _, pos, reference = layer._keys(features, offset)
         seen.append(_Seen(layer, features, pos[0], reference[0]))
 
     modes = {module: module.training for module in model.modules()}

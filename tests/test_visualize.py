@@ -45,7 +45,7 @@ def test_weights_are_those_of_the_layer(encoding, version):
     layer.proj_out.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     with dat_cuda.backend("reference"):
         layer(x)
-    sampled, _, _ = layer._keys(x, layer.proj_q(x))
+    sampled, _, _ = layer._keys(x, layer._offsets(layer.proj_q(x))[0])
     v = layer.proj_v(sampled.unsqueeze(2)).flatten(2).unflatten(1, (4, 3))
     out = torch.einsum("bhmn,bhcn->bhcm", weights, v).flatten(1, 2)
     if encoding == "depthwise":
@@ -65,7 +65,7 @@ class OneLayer(nn.Module):
             ksize=9,
         )  # fmt: skip
         keys = self.attention._keys
-        self.attention._keys = lambda x, q: (keys(x, q)[0], pos, keys(x, q)[2])
+        self.attention._keys = lambda x, o: (keys(x, o)[0], pos, keys(x, o)[2])
 
     def forward(self, x):
         return self.attention(self.stem(x))

@@ -5,6 +5,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "attention_windows.h"
+#include "depthwise.h"
 #include "sample.h"
 
 #define DAT_STRING_(x) #x
@@ -44,6 +45,14 @@ const Kernels table = {
     [](const AttentionBackward& p, int64_t groups, const Threads& threads) {
       for_dtype(p.in.shape.dtype,
                 [&](auto s) { window_backward<decltype(s)>(p, groups, threads); });
+    },
+    [](const DepthwiseForward& p, const Threads& threads) {
+      (p.shape.dtype == DType::f64 ? depthwise_forward<double> : depthwise_forward<float>)(p,
+                                                                                           threads);
+    },
+    [](const DepthwiseBackward& p, const Threads& threads) {
+      (p.shape.dtype == DType::f64 ? depthwise_backward<double>
+                                   : depthwise_backward<float>)(p, threads);
     },
 };
 

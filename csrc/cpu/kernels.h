@@ -28,6 +28,8 @@ struct Kernels {
   void (*attention_forward)(const AttentionForward&, const Threads&);
   void (*attention_backward)(const AttentionBackward&, const Threads&);
   void (*window_backward)(const AttentionBackward&, int64_t groups, const Threads&);
+  void (*depthwise_forward)(const DepthwiseForward&, const Threads&);
+  void (*depthwise_backward)(const DepthwiseBackward&, const Threads&);
 };
 
 // The best table for this machine; DAT_SIMD=avx2|baseline in the environment asks for a lesser one.

@@ -1,0 +1,104 @@
+"""The offset network of DAttention, as native CPU kernels deserve."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .functional import is_autocast
+
+_ops = torch.ops.dat_cuda
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int
+) -> tuple[Tensor, Tensor]:
+    """Depthwise convolution of the groups of x [B, C, H, W], each an image of its own, on the CPU.
+
+        out[b G + g, c, i, j] = bias[c] + sum over u, v of
+            weight[c, 0, u, v] x[b, g C / G + c, i stride + u - padding, j stride + v - padding]
+
+    Zeros are around x, which has any strides; float32 or float64. weight is [C / G, 1, K, K], bias
+    [C / G], out [B G, C / G, Hk, Wk] in channels-last memory. Differentiable in the three tensors.
+
+    Returns out, and x for whoever uses it, too: gradients that come through this one are added to
+    in the place of another pass over the map.
+    """
+    if not torch.is_grad_enabled():
+        return _ops.depthwise_forward(x, weight, bias, stride, padding), x
+    return _Depthwise.apply(x, weight, bias, stride, padding)
+
+
+@torch.library.register_fake("dat_cuda::depthwise_forward")
+def _(x, weight, bias, stride, padding):
+    filters, _, _, kernel = weight.shape
+    height, width = ((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
+    images = x.shape[0] * x.shape[1] // filters
+    return x.new_empty((images, height, width, filters)).permute(0, 3, 1, 2)
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *settings: int) -> tuple:
+        ctx.save_for_backward(x, weight)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        return _ops.depthwise_forward(x, weight, bias, *settings), x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, more: Tensor | None) -> tuple:
+        if grad is None:
+            return more, None, None, None, None
+        x, weight = ctx.saved_tensors
+        return (*_ops.depthwise_backward(grad, more, x, weight, *ctx.settings), None, None)
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    return any(
+        (
+            layer._forward_hooks,
+            layer._forward_pre_hooks,
+            layer._backward_hooks,
+            layer._backward_pre_hooks,
+        )
+    )
+
+
+def is_usual(network: nn.Module, q: Tensor) -> bool:
+    """Whether `offsets` gives what this network would: users replace and hook modules."""
+    if type(network) is not nn.Sequential or len(network) != 4 or is_hooked(network):
+        return False
+    first, last = cast(Any, network[0]), cast(Any, network[3])
+    if not (_is_plain(first, q) and _is_plain(last, q)) or is_autocast(q):
+        return False
+    square = all(a == b for a, b in (first.kernel_size, first.stride, first.padding))
+    depthwise = first.groups == first.in_channels == first.out_channels
+    pointwise = (last.kernel_size, last.stride, last.padding) == ((1, 1), (1, 1), (0, 0))
+    return square and depthwise and pointwise and first.bias is not None and last.groups == 1
+
+
+def _is_plain(layer: Any, q: Tensor) -> bool:
+    return (
+        type(layer) is nn.Conv2d
+        and layer.weight.dtype == q.dtype
+        and q.dtype in (torch.float32, torch.float64)
+        and layer.dilation == (1, 1)
+        and layer.padding_mode == "zeros"
+        and isinstance(layer.padding, tuple)
+        and not is_hooked(layer)
+    )
+
+
+def offsets(network: nn.Sequential, q: Tensor) -> tuple[Tensor, Tensor]:
+    """network(each group of q [B, C, H, W]) [B G, 2, Hk, Wk], of a usual network, on the CPU; and
+    q, as `depthwise` returns it."""
+    first, norm, activation, last = cast(Any, network)
+    weight = first.weight.contiguous()
+    features, q = depthwise(q, weight, first.bias, first.stride[0], first.padding[0])
+    rows = activation(norm(features)).permute(0, 2, 3, 1)
+    return F.linear(rows, last.weight.flatten(1), last.bias).permute(0, 3, 1, 2), q

@@ -1,0 +1,169 @@
+"""The offset network on native CPU kernels: its depthwise convolution, and when it is used."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from operator_cases import pairwise, threads
+
+import dat_cuda
+from dat_cuda import DAttention
+from dat_cuda.offsets import depthwise, is_usual, offsets
+
+GROUPS, BATCH = 2, 3
+CASES = pairwise(
+    dtype=(torch.float64, torch.float32),
+    # Whole vectors of channels, parts of one, and several at a time.
+    channels=(1, 5, 16, 40, 64, 96, 128),
+    size=((1, 1), (7, 7), (13, 17), (33, 9), (1, 33), (20, 34)),
+    kernel=((3, 1, 1), (5, 2, 2), (9, 8, 4), (1, 1, 0), (2, 3, 1), (17, 4, 8)),
+    layout=("contiguous", "channels_last", "sliced", "transposed"),
+    threads=(1, 2, 3),
+)
+
+
+def describe(case):
+    return "-".join(str(value).removeprefix("torch.").replace(", ", "x") for value in case.values())
+
+
+def laid_out(x, layout):
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "sliced":
+        wide = torch.full((*x.shape[:3], 2 * x.shape[3]), torch.nan, dtype=x.dtype)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    return x
+
+
+@pytest.mark.parametrize("case", CASES, ids=describe)
+def test_depthwise(case):
+    kernel, stride, padding = case["kernel"]
+    channels, dtype = case["channels"], case["dtype"]
+    height, width = (max(size, kernel - 2 * padding) for size in case["size"])
+    exact = [
+        torch.randn(shape, dtype=torch.float64).to(dtype).double().requires_grad_()
+        for shape in (
+            (BATCH, GROUPS * channels, height, width),
+            (channels, 1, kernel, kernel),
+            (channels,),
+        )
+    ]
+    found = [t.detach().to(dtype) for t in exact]
+    found[0] = laid_out(found[0], case["layout"])
+    found = [t.requires_grad_() for t in found]
+    images = exact[0].reshape(BATCH * GROUPS, channels, height, width)
+    right = F.conv2d(images, *exact[1:], stride, padding, groups=channels)
+    grads = torch.randn_like(right).to(dtype), torch.randn_like(exact[0]).to(dtype)
+    with threads(case["threads"]):
+        out, same = depthwise(*found, stride, padding)
+        results = out, *torch.autograd.grad((out, same), found, grads)
+    rights = (
+        right,
+        *torch.autograd.grad((right, exact[0] * 1), exact, [grad.double() for grad in grads]),
+    )
+    assert out.permute(0, 2, 3, 1).is_contiguous()
+    for name, result, wanted in zip(("out", "x", "weight", "bias"), results, rights, strict=True):
+        error = (result.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+        assert result.dtype == dtype and error < 100 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_only_what_a_filter_meets_counts(layout):
+    x = torch.randn(1, 16, 8, 8)
+    x[:, :, 4, 4] = torch.nan
+    grad = torch.randn(1, 16, 4, 4)
+    grad[:, :, 1, 1] = torch.inf
+    leaves = [laid_out(x, layout), torch.randn(16, 1, 3, 3), torch.randn(16)]
+    out, _ = depthwise(*(t.requires_grad_() for t in leaves), 2, 1)
+    reference = F.conv2d(*leaves, 2, 1, groups=16)
+    assert torch.equal(out.isnan(), reference.isnan()) and out.isnan().sum() == 16
+    grads = torch.autograd.grad(out, leaves, grad)
+    wanted = torch.autograd.grad(reference, leaves, grad)
+    assert torch.equal(grads[0].isfinite(), wanted[0].isfinite())
+    assert torch.equal(grads[1].isfinite(), wanted[1].isfinite())
+
+
+def test_the_same_with_any_number_of_threads():
+    x, weight, bias = torch.randn(5, 96, 14, 14), torch.randn(48, 1, 5, 5), torch.randn(48)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    results = []
+    for count in (1, 3):
+        with threads(count):
+            out, _ = depthwise(*leaves, 2, 2)
+            results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+    assert all(map(torch.equal, *results))
+
+
+def test_wrong_arguments():
+    x, weight, bias = torch.randn(1, 8, 4, 4), torch.randn(4, 1, 3, 3), torch.randn(4)
+    for arguments, said in (
+        ((x[0], weight, bias, 1, 1), r"x must have shape \[B, C, H, W\]"),
+        ((x, weight[:3], bias, 1, 1), "3 filters, which must divide the 8 channels"),
+        ((x, weight[:, :, :2], bias, 1, 1), "weight must have shape"),
+        ((x, weight.double(), bias, 1, 1), "weight must have the dtype of x"),
+        ((x.half(), weight.half(), bias.half(), 1, 1), "x must be float32 or float64"),
+        ((x, weight, bias[:2], 1, 1), "bias must have shape"),
+        ((x, weight, bias, 0, 1), "stride must be positive"),
+        ((x, torch.randn(4, 1, 7, 7), bias, 1, 1), "smaller than the filters' 7"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            depthwise(*arguments)
+
+
+def layer(**changes):
+    arguments = {
+        "q_size": (14, 14), "kv_size": (7, 7), "n_heads": 4, "n_head_channels": 8, "n_groups": 2,
+        "attn_drop": 0.0, "proj_drop": 0.0, "stride": 2, "offset_range_factor": 2.0,
+        "use_pe": True, "dwc_pe": False, "no_off": False, "fixed_pe": False, "ksize": 5,
+    }  # fmt: skip
+    return DAttention(**(arguments | changes))
+
+
+def test_the_usual_network_is_computed_natively():
+    made, q = layer(), torch.randn(2, 32, 14, 14, requires_grad=True)
+    assert is_usual(made.conv_offset, q)
+    leaves = [q, *made.conv_offset.parameters()]
+    found, same = offsets(made.conv_offset, q)
+    right = made.conv_offset(q.reshape(4, 16, 14, 14))
+    grad = torch.randn_like(right)
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(same, q)
+    for a, b in zip(
+        torch.autograd.grad(found, leaves, grad), torch.autograd.grad(right, leaves, grad),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_that_are_not_usual():
+    q = torch.randn(1, 32, 14, 14)
+    assert not is_usual(layer().conv_offset, q.bfloat16())
+    with torch.autocast("cpu"):
+        assert not is_usual(layer().conv_offset, q)
+    hooked = layer()
+    hooked.conv_offset[0].register_forward_hook(lambda *args: None)
+    assert not is_usual(hooked.conv_offset, q)
+    for index, other in (
+        (0, torch.nn.Conv2d(16, 16, 5, 2, 2)),
+        (0, torch.nn.Conv2d(16, 16, (5, 3), 2, (2, 1), groups=16)),
+        (0, torch.nn.Conv2d(16, 16, 5, 2, 2, groups=16, bias=False)),
+        (0, torch.nn.Conv2d(16, 16, 3, 2, 2, dilation=2, groups=16)),
+        (0, torch.nn.Conv2d(16, 16, 5, 2, 2, groups=16, padding_mode="circular")),
+        (0, torch.nn.Sequential(torch.nn.Conv2d(16, 16, 5, 2, 2, groups=16))),
+        (3, torch.nn.Conv2d(16, 2, 3, 1, 1, bias=False)),
+        (3, torch.nn.Identity()),
+    ):
+        made = layer()
+        made.conv_offset[index] = other
+        assert not is_usual(made.conv_offset, q), other
+
+
+def test_a_replaced_convolution_is_called():
+    made, x = layer(), torch.randn(2, 32, 14, 14)
+    made.conv_offset[0] = torch.nn.Conv2d(16, 16, 5, 2, 2)
+    with torch.no_grad(), dat_cuda.backend("reference"):
+        right = made(x)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(made(x)[0], right, rtol=1e-4, atol=1e-5)
