@@ -1,5 +1,8 @@
 """The emulated device itself: csrc/cuda's kernels run there, and what it reports is not lost."""
 
+import shlex
+import subprocess
+
 import emulated
 import pytest
 import torch
@@ -31,3 +34,19 @@ def test_it_raises_what_it_finds(device):
         device.set("max_inst", 1)
         with pytest.raises(RuntimeError, match="launch of sample_forward with .* threads"):
             sample()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ("forward", "backward"))
+def test_half_precision_compiles_for_devices_without_its_products(direction, tmp_path):
+    """Kernels for sm_75 are in no other build of the tests; only the compiler's front end."""
+    emulated.require()
+    source = emulated.PROJECT / "csrc" / "cuda" / f"attention_{direction}_bf16.cu"
+    flags = ["-std=c++17", "-gencode=arch=compute_75,code=compute_75", "-Xcicc", "-O0", "-ptx"]
+    nvcc = shlex.split(emulated.dat_toolchain.find_nvcc().command)
+    run = subprocess.run(
+        [*nvcc, *flags, f"-I{emulated.PROJECT / 'csrc'}", source, "-o", tmp_path / "out.ptx"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr

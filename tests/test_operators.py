@@ -59,7 +59,7 @@ ATTENTION_AXES = {
     "bias": BIASES,
     "dtype": DTYPES,
     "size": SIZES,
-    "keys": (1, 7, 49, 63, 64, 65, 131),
+    "keys": (1, 7, 49, 63, 64, 65, 131, 260),
     "head_dim": (1, 5, 8, 16, 20, 32, 48, 64),
     "heads": ((1, 1), (2, 1), (2, 2), (6, 3)),
     "reach": (0.95, 1.8),

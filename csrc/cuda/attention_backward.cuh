@@ -35,6 +35,15 @@ inline Plan plan_backward_queries(const AttentionProblem& problem, const Attenti
   return plan;
 }
 
+// Values that all tiles of keys have of grad_q; 0 where there is one.
+inline int64_t grad_q_parts(const AttentionProblem& problem, const Plan& plan) {
+  const AttentionShape& shape = problem.in.shape;
+  const int64_t tiles = KeyPlace::key_tiles(shape, plan);
+  return tiles == 1 ? 0
+                    : tiles * shape.batch * shape.heads * plan.splits * plan.tiles_down *
+                          problem.channels * plan.rows * plan.columns;
+}
+
 inline Plan plan_backward_keys(const AttentionProblem& problem, const AttentionBackward& p,
                                bool deterministic, const Choice& choice) {
   const AttentionShape& shape = problem.in.shape;
@@ -57,9 +66,10 @@ inline Plan plan_backward_keys(const AttentionProblem& problem, const AttentionB
   plan.at_v = layout.take(problem.keys_bytes(plan));
   plan.at_rows = layout.take(2 * plan.rows * plan.columns * problem.acc_bytes());
   plan_window(plan, problem, layout, Walk::queries, !deterministic);
-  plan.whole = gives_grad_q(problem.tensor_cores, problem.channels) &&
-               shape.keys <= plan.key_stage && !problem.in.bias.data;
-  if (plan.whole)
+  plan.with_q = gives_grad_q(problem.tensor_cores, problem.channels) && !problem.in.bias.data &&
+                KeyPlace::key_tiles(shape, plan) <= kMostParts &&
+                grad_q_parts(problem, plan) * int64_t(problem.acc_bytes()) <= kMostPartBytes;
+  if (plan.with_q)
     plan.at_grads =
         layout.take(std::max(problem.tile_bytes(plan),
                              size_t(plan.key_stage) * plan.query_pitch * problem.shared_bytes()));
@@ -73,7 +83,7 @@ inline Plan plan_backward_keys(const AttentionProblem& problem, const AttentionB
 }
 
 inline int64_t key_blocks(const AttentionShape& shape, const Plan& plan) {
-  return shape.batch * shape.heads * divide_up<int64_t>(shape.keys, plan.key_stage) * plan.splits;
+  return shape.batch * shape.heads * KeyPlace::key_tiles(shape, plan) * plan.splits;
 }
 
 // Cuts the scratch: from null, only measures.
@@ -91,7 +101,9 @@ struct BackwardLayout {
       return at;
     };
     const int64_t heads = shape.batch * shape.heads;
-    if (!plan.whole) scratch.delta = take(heads * shape.queries());
+    const int64_t parts = plan.with_q ? grad_q_parts(problem, plan) : 0;
+    if (!plan.with_q) scratch.delta = take(heads * shape.queries());
+    if (parts) scratch.grad_q = take(parts);
     if (plan.splits > 1) {
       scratch.grad_k = take(plan.splits * heads * shape.head_dim * shape.keys);
       scratch.grad_v = take(plan.splits * heads * shape.head_dim * shape.keys);
@@ -100,6 +112,7 @@ struct BackwardLayout {
     zeros_at = bytes;
     if (plan.splits > 1)
       scratch.arrivals = static_cast<int*>(take(key_blocks(shape, plan) / plan.splits));
+    if (parts) scratch.grad_q_arrivals = static_cast<int*>(take(heads * plan.splits));
     if (deterministic && problem.in.table) {
       tables = int(key_blocks(shape, plan) / heads);
       scratch.grad_table = take(tables * heads * shape.table_h * shape.table_w);
@@ -150,7 +163,7 @@ struct Backward {
       if (p.in.table && !layout.tables)
         clear(p.grad_table, shape.heads * shape.table_h * shape.table_w * problem.acc_bytes());
 
-      if (!plan.whole) over_queries(tag, problem, layout, stream);
+      if (!plan.with_q) over_queries(tag, problem, layout, stream);
       with_bias<T>(problem.bias, [&](auto bias) {
         launch("attention_backward_keys", attention_backward_keys_kernel<E, decltype(bias)::value>,
                key_blocks(shape, plan), kKeyWarps * kWarp, plan.shared, stream, p, plan,

@@ -1,20 +1,20 @@
 // deform_attention, backward over keys: grad_k, grad_v, grad_pos and grad_rpe_table; and grad_q
-// where a block has all keys (plan.whole), which makes the pass over queries unnecessary.
+// where there are few keys (plan.with_q), which makes the pass over queries unnecessary.
 //
 // A block owns up to 64 keys of one (image, head) and a column of query tiles of the map; it walks
 // down the tiles. Four warps: each takes 16 of the keys, and warps of the same keys take turns at
 // the units of a tile. Scores are computed transposed, so that weights and score gradients are in
 // registers what their products with grad_out and q want; a lane sums for two keys. For grad_q, the
 // score gradients of a tile meet in shared memory, and each warp multiplies those of whole units
-// with k.
+// with k; where blocks share the queries, this is a part of it.
 //
 // The table's gradient is collected in a window in shared memory with atomic additions, and added
 // to global memory once a block. Deterministic: lane after lane, warp after warp adds to a table in
 // global memory that the block has for itself, and attention_backward_finish.cuh sums these. Of
-// several blocks with the same keys the last one to come sums what all have.
+// several blocks with the same keys, or queries, the last one to come sums what all have.
 //
 // Barriers: two a tile, before and after its use, and three more for grad_q; one for each turn at
-// the table where deterministic; one a turn when the warps' sums are combined; two to see who is
+// the table where deterministic; one a turn when the warps' sums are combined; three to see who is
 // the last.
 #pragma once
 
@@ -88,19 +88,24 @@ __device__ void store_grad_pos(typename E::Acc (&slopes)[2][2], typename E::Acc*
     to[i] = shared[i] * -(i % 2 ? plan.axis_x<A>() : plan.axis_y<A>()).quarter;
 }
 
-// Sums what the blocks of a split have of their keys, in the last of them to come: the others' are
-// in global memory by then. `last`: in shared memory.
+// Whether the block is the last to come of `count`: what the others have written is in global
+// memory by then. `last`: in shared memory.
+__device__ inline bool arrives_last(int* arrivals, int count, int* last) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *last = atomicAdd(arrivals, 1) == count - 1;
+  __syncthreads();
+  const bool is_last = *last;
+  __syncthreads();
+  if (is_last) __threadfence();
+  return is_last;
+}
+
+// Sums what the blocks of a split have of their keys, in the last of them.
 template <class E>
 __device__ void sum_splits(const AttentionBackward& p, const BackwardScratch& scratch,
-                           const Plan& plan, const KeyPlace& place, int* last) {
+                           const Plan& plan, const KeyPlace& place) {
   using T = typename E::Storage;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0)
-    *last = atomicAdd(scratch.arrivals + blockIdx.x / plan.splits, 1) == plan.splits - 1;
-  __syncthreads();
-  if (!*last) return;
-  __threadfence();
   const AttentionShape& shape = p.in.shape;
   const int keys = int(shape.keys), count = min(plan.key_stage, keys - place.first_key);
   const int64_t heads = shape.batch * shape.heads;
@@ -115,15 +120,18 @@ __device__ void sum_splits(const AttentionBackward& p, const BackwardScratch& sc
                 (int64_t(place.at.batch_head) * keys + place.first_key) * 2, 1, 0, count * 2);
 }
 
-// What plan.whole adds to the walk: delta of a tile's queries, which takes the place of the pass
+// What plan.with_q adds to the walk: delta of a tile's queries, which takes the place of the pass
 // over queries, and grad_q.
 template <class E>
-struct WholeTile {
+struct QueryGradients {
   using T = typename E::Storage;
+  using S = typename E::Shared;
+  using A = typename E::Acc;
   const AttentionBackward& p;
   const Plan& plan;
-  const BlockPlace& at;
-  T *q, *grad_out, *grads;  // grads: out at first, then scores' gradients [key][query]
+  const KeyPlace& place;
+  A* parts;                 // of grad_q in global memory, of all tiles of keys, or null
+  S *q, *grad_out, *grads;  // grads: out at first, then scores' gradients [key][query]
 
   // f(unit of the tile) for those that are on the map, a warp each.
   template <class F>
@@ -147,9 +155,19 @@ struct WholeTile {
     __syncthreads();
   }
 
-  // From the score gradients of all keys. q's memory is free, and holds grad_q in the end.
-  __device__ void make_grad_q(const T* k, TileOrigin origin) const {
+  __device__ int slots() const { return plan.rows * plan.columns; }
+  // A tile of a part.
+  __device__ A* part_of(int key_tile, int tile) const {
+    const AttentionShape& shape = p.in.shape;
+    const int64_t head = key_tile * shape.batch * shape.heads + place.at.batch_head;
+    return parts +
+           ((head * plan.splits + place.split) * plan.tiles_down + tile) * E::kChannels * slots();
+  }
+
+  // From the score gradients of the block's keys. q's memory is free, and holds grad_q in the end.
+  __device__ void make_grad_q(const S* k, int tile, TileOrigin origin) const {
     __syncthreads();
+    A* part = parts ? part_of(place.first_key / plan.key_stage, tile) : nullptr;
     each_unit(origin, [&](int slot) {
       typename E::Sums sums;
       sums.clear();
@@ -157,12 +175,50 @@ struct WholeTile {
       const float scale = float(p.in.shape.scale);
       const typename E::Rows factor = {{scale, scale, scale, scale}};
       sums.scale(factor);
-      sums.store(q + slot, E::query_pitch(plan));
+      if (part)
+        sums.store(part + slot, slots());
+      else
+        sums.store(q + slot, E::query_pitch(plan));
     });
+    if (!part) store_tile(origin);
+  }
+
+  __device__ void store_tile(TileOrigin origin) const {
     __syncthreads();
     const AttentionShape& shape = p.in.shape;
-    T* to = static_cast<T*>(p.grad_q.data) + at.batch_head * shape.head_dim * shape.queries();
+    T* to = static_cast<T*>(p.grad_q.data) + place.at.batch_head * shape.head_dim * shape.queries();
     store_queries<E>(to, q, shape, plan, origin, plan.out_vec);
+  }
+
+  // In the last block of these queries.
+  __device__ void sum_grad_q() const {
+    const AttentionShape& shape = p.in.shape;
+    const int key_tiles = KeyPlace::key_tiles(shape, plan);
+    const int64_t step = part_of(1, 0) - part_of(0, 0);
+    for (int tile = 0; tile < plan.tiles_down; ++tile) {
+      const TileOrigin origin = {place.at.origin.row + tile * plan.rows, place.at.origin.column};
+      if (origin.row >= shape.height) break;
+      const A* first = part_of(0, tile);
+      for (int i = threadIdx.x * 4; i < slots() * E::kChannels; i += blockDim.x * 4) {
+        const int slot = i % slots();
+        const auto [row, column] = place_of(plan, origin, slot);
+        if (row >= shape.height || column >= shape.width) continue;
+        Vec<A, 4> sum{};
+        const A* part = first + i;
+        for (int n = 0; n < key_tiles; ++n, part += step) {
+          Vec<A, 4> more;
+          load_others(more, part);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum.at[e] += more.at[e];
+        }
+        Vec<S, 4> narrow;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) narrow.at[e] = from_acc<S>(sum.at[e]);
+        *reinterpret_cast<Vec<S, 4>*>(q + i / slots() * E::query_pitch(plan) + slot) = narrow;
+      }
+      store_tile(origin);
+      __syncthreads();
+    }
   }
 };
 
@@ -204,18 +260,20 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
     typename E::KeySums grad_k, grad_v;
     grad_k.clear(), grad_v.clear();
     A slopes[2][2] = {};
+    const auto query_gradients = [&] {
+      return QueryGradients<E>{p, plan, place, static_cast<A*>(scratch.grad_q), q, grad_out, grads};
+    };
     const int across = plan.columns / kUnitColumns, units = plan.rows / kUnitRows * across;
     for (int tile = 0; tile < plan.tiles_down; ++tile) {
       const TileOrigin origin = {at.origin.row + tile * plan.rows, at.origin.column};
       if (origin.row >= shape.height) break;
       load_query_tiles<E, gives_grad_q(E::kTensorCores, E::kChannels)>(
-          q, grad_out, plan.whole ? grads : nullptr, p, plan, at, origin);
-      rows.load(p, plan.whole ? nullptr : scratch.delta, plan, at, origin);
+          q, grad_out, plan.with_q ? grads : nullptr, p, plan, at, origin);
+      rows.load(p, plan.with_q ? nullptr : scratch.delta, plan, at, origin);
       wait_for_copies<0>();
       __syncthreads();
       if constexpr (gives_grad_q(E::kTensorCores, E::kChannels))
-        if (plan.whole)
-          WholeTile<E>{p, plan, at, q, grad_out, grads}.make_delta(rows.delta, origin);
+        if (plan.with_q) query_gradients().make_delta(rows.delta, origin);
       for (int first = 0; first < units; first += parts) {
         const UnitPlace unit(plan, first + part);
         const bool active = part < parts && first + part < units &&
@@ -236,7 +294,7 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
           grad_v.add(s, grad_out + slot, E::query_pitch(plan), exchange);
           grad_k.add(grad, q + slot, E::query_pitch(plan), exchange);
           if constexpr (gives_grad_q(E::kTensorCores, E::kChannels))
-            if (plan.whole)
+            if (plan.with_q)
               E::store_scores(grads + key * E::query_pitch(plan) + slot, grad,
                               E::query_pitch(plan));
           if (in.table && !table.ordered) table.add_far(slopes, of, grad);
@@ -244,7 +302,7 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
         if (in.table && table.ordered) table.add_in_turn(slopes, of, grad, active);
       }
       if constexpr (gives_grad_q(E::kTensorCores, E::kChannels))
-        if (plan.whole) WholeTile<E>{p, plan, at, q, grad_out, grads}.make_grad_q(k, origin);
+        if (plan.with_q) query_gradients().make_grad_q(k, tile, origin);
       __syncthreads();
     }
     if (in.table) table.flush();
@@ -255,8 +313,15 @@ __global__ void __launch_bounds__(kKeyWarps* kWarp, E::kChannels <= 64 ? 2 : 1)
     combine_and_store<E>(grad_v, A(1), sums, p.grad_v.data, scratch.grad_v, shape, plan, place,
                          groups, part, key);
     if (in.table) store_grad_pos<E>(slopes, sums, p, scratch, plan, place, groups, part, key);
-    if (plan.splits > 1)
-      sum_splits<E>(p, scratch, plan, place, reinterpret_cast<int*>(shared + plan.at_q));
+    int* last = reinterpret_cast<int*>(shared + plan.at_q);
+    if (plan.splits > 1 &&
+        arrives_last(scratch.arrivals + blockIdx.x / plan.splits, plan.splits, last))
+      sum_splits<E>(p, scratch, plan, place);
+    if constexpr (gives_grad_q(E::kTensorCores, E::kChannels))
+      if (scratch.grad_q &&
+          arrives_last(scratch.grad_q_arrivals + at.batch_head * plan.splits + place.split,
+                       KeyPlace::key_tiles(shape, plan), last))
+        query_gradients().sum_grad_q();
   }
 }
 

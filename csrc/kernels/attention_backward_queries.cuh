@@ -1,6 +1,6 @@
 // deform_attention, backward over queries: grad_q, the gradient of a dense bias, and for the pass
-// over keys the sums delta = sum_c grad_out * out. Where a block of the pass over keys has all keys
-// (plan.whole), that one does this as well.
+// over keys the sums delta = sum_c grad_out * out. Where there are few keys (plan.with_q), the pass
+// over keys does this as well.
 //
 // Laid out as the forward (attention_forward.cuh): a block owns a tile of queries, a warp a unit of
 // it, and the block walks over the keys. Weights come from the forward's log-sum-exp, so no running

@@ -182,17 +182,24 @@ struct Mma {
       }
     }
 
-    __device__ void store(T* unit, int pitch, int below = 0) const {
+    // As values of T, or as they are.
+    template <class To>
+    __device__ void store(To* unit, int pitch, int below = 0) const {
       unit += g() * pitch + 2 * t();
 #pragma unroll
       for (int k = 0; k < kSteps; ++k)
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<unsigned*>(unit + (k * 16 + half * 8) * pitch +
-                                         r / kUnitRows * below + r % kUnitRows * kUnitColumns) =
-                pack<T>(m[k][r][2 * half], m[k][r][2 * half + 1]);
+          for (int half = 0; half < 2; ++half) {
+            To* to = unit + (k * 16 + half * 8) * pitch + r / kUnitRows * below +
+                     r % kUnitRows * kUnitColumns;
+            const float left = m[k][r][2 * half], right = m[k][r][2 * half + 1];
+            if constexpr (std::is_same_v<To, T>)
+              *reinterpret_cast<unsigned*>(to) = pack<T>(left, right);
+            else
+              *reinterpret_cast<Vec<float, 2>*>(to) = {left, right};
+          }
     }
   };
 

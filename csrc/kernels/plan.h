@@ -21,6 +21,11 @@ constexpr int kMaxUnits = 4;
 // Keys in shared memory at a time, at most.
 constexpr int kMaxKeys = 64;
 
+// Where the pass over keys gives grad_q as well, each tile of keys has a part of it in global
+// memory: so many parts and bytes at most.
+constexpr int kMostParts = 4;
+constexpr int64_t kMostPartBytes = int64_t(1) << 28;
+
 // Whether the pass over keys can give grad_q: of long heads, its sums do not fit in registers
 // beside those of keys.
 __host__ __device__ constexpr bool gives_grad_q(bool tensor_cores, int channels) {
@@ -49,7 +54,7 @@ struct Plan {
   int group_heads;       // heads that share positions
   int drops;             // dropout
   Dropout dropout;       //   "
-  bool whole;  // backward: a block has all keys, and the pass over keys gives grad_q as well
+  bool with_q;           // backward: the pass over keys gives grad_q as well
   DType table_dtype;
   int64_t table_stride;  // from a head's table to the next, in bytes
   TableAxis<double> y, x;
@@ -89,7 +94,9 @@ struct BackwardScratch {
   void *grad_k, *grad_v;  // [splits, B, C, N], or null: one split writes the result
   void* grad_pos;         // [splits, B, h, N, 2], or null: as above
   int* arrivals;          // [B, h, tiles of keys] zeroed: blocks of a split that are done, or null
-  void* grad_table;       // deterministic: [blocks of a head, B, h, Th, Tw] zeroed, else null
+  void* grad_q;           // [tiles of keys, B, h, splits, tiles_down, channels, slots], or null
+  int* grad_q_arrivals;  // [B, h, splits] zeroed: blocks of the same queries that are done, or null
+  void* grad_table;      // deterministic: [blocks of a head, B, h, Th, Tw] zeroed, else null
 };
 
 }  // namespace dat::cuda

@@ -87,9 +87,10 @@ struct RowGroup {
     return value;
   }
   // Adds to along_y the product of the values' gradients with d value / d coordinate: the
-  // difference h[i + 1] - h[i] that each query is in.
+  // difference h[i + 1] - h[i] that each query is in. What is past row i goes on to the next.
   __device__ void backward(A& along_y, A (&grad_h)[kReads], const A (&h)[kReads],
                            const A (&grad)[kUnitRows]) const {
+    A moved[kReads] = {};  // from row i to row i + 1
 #pragma unroll
     for (int i = 0; i < kReads; ++i) grad_h[i] = 0;
 #pragma unroll
@@ -98,12 +99,13 @@ struct RowGroup {
       grad_h[low(r)] += grad[r];
 #pragma unroll
       for (int i = low(r); i < high(r); ++i) {
-        const A moved = grad[r] * past(r, i);
-        grad_h[i] -= moved, grad_h[i + 1] += moved;
+        moved[i] = fused(grad[r], past(r, i), moved[i]);
         if (i > low(r) && from + slope_y * r >= A(i - kFrom)) difference = h[i + 1] - h[i];
       }
       along_y += grad[r] * difference;
     }
+#pragma unroll
+    for (int i = 0; i + 1 < kReads; ++i) grad_h[i] -= moved[i], grad_h[i + 1] += moved[i];
   }
 };
 
@@ -355,17 +357,35 @@ struct TableWindow {
   template <class Add>
   __device__ static void scatter(const Taps (&taps)[2], const A (&grad_h)[2][Group::kReads],
                                  const Add& add) {
+    const auto each_row = [&](const auto& use) {
+#pragma unroll
+      for (int i = 0; i < Group::kReads; ++i) {
+        const A right[2] = {grad_h[0][i] * taps[0].fraction_x, grad_h[1][i] * taps[1].fraction_x};
+        use(i, grad_h[0][i] - right[0], right[0], right[1]);
+      }
+    };
+    const auto place = [&](int c, int i) { return taps[c].place + i * taps[c].pitch; };
+    if constexpr (!kPairs) {
+      each_row([&](int i, A left, A right, A last) {
+        add(place(0, i), left, right + (grad_h[1][i] - last), last);
+      });
+      return;
+    }
+    const int apart = taps[1].place - taps[0].place;  // nothing, or a cell, at slopes up to 1
+    if (apart > int(sizeof(A))) {
+      each_row([&](int i, A left, A right, A last) {
+        add(place(0, i), left, right);
+        add(place(1, i), grad_h[1][i] - last, last);
+      });
+      return;
+    }
+    const A at = taps[1].fraction_x + A(apart ? 1 : 0);
+    const A first = max(1 - at, A(0)), third = max(at - 1, A(0)), second = 1 - first - third;
 #pragma unroll
     for (int i = 0; i < Group::kReads; ++i) {
-      const A right[2] = {grad_h[0][i] * taps[0].fraction_x, grad_h[1][i] * taps[1].fraction_x};
-      const A left[2] = {grad_h[0][i] - right[0], grad_h[1][i] - right[1]};
-      const int place = taps[0].place + i * taps[0].pitch;
-      if constexpr (kPairs) {
-        add(place, left[0], right[0]);
-        add(taps[1].place + i * taps[1].pitch, left[1], right[1]);
-      } else {
-        add(place, left[0], right[0] + left[1], right[1]);
-      }
+      const A right = grad_h[0][i] * taps[0].fraction_x, left = grad_h[0][i] - right;
+      add(place(0, i), fused(grad_h[1][i], first, left), fused(grad_h[1][i], second, right),
+          grad_h[1][i] * third);
     }
   }
 };
