@@ -60,8 +60,8 @@ FAULTS = {
     ),
     "backward: a barrier is missing": (
         "csrc/kernels/attention_backward_keys.cuh",
-        "make_grad_q(k, origin);\n      __syncthreads();",
-        "make_grad_q(k, origin);",
+        "make_grad_q(k, tile, origin);\n      __syncthreads();",
+        "make_grad_q(k, tile, origin);",
     ),
     "backward: the turns do not wait": (
         "csrc/kernels/attention_backward_keys.cuh",
@@ -70,7 +70,7 @@ FAULTS = {
     ),
     "backward: the first sums, not the last": (
         "csrc/kernels/attention_backward_keys.cuh",
-        "== plan.splits - 1;",
+        "== count - 1;",
         "== 0;",
     ),
     "backward: a block too few": (
