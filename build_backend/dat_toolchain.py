@@ -146,6 +146,15 @@ def cuda_architectures(nvcc: Nvcc) -> list[str]:
         wanted = re.split(r"[; ]+", listed.strip("; "))
         if wrong := [name for name in wanted if not ARCHITECTURE.fullmatch(name)]:
             raise BuildError(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got {wrong[0]!r}")
+        # Launchers choose kernels by the GPU, and those for tensor cores have no code before 8.0.
+        early = [
+            name for name in wanted if "+PTX" in name and float(ARCHITECTURE.match(name)[1]) < 8
+        ]
+        if early:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST has {early[0]!r}, but GPUs from 8.0 on need code for 8.0 or "
+                "later: give +PTX to such an entry alone"
+            )
     elif present and known.issuperset(present):
         wanted = sorted(set(present), key=float)
     else:

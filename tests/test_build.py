@@ -153,7 +153,10 @@ def test_the_list_in_the_environment_decides(toolchain, machine, monkeypatch, ca
     assert "not compiling for 7.0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("listed", "names"), (("Ampere", "'Ampere'"), ("3.5;7.0", "3.5, 7.0")))
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    (("Ampere", "'Ampere'"), ("3.5;7.0", "3.5, 7.0"), ("7.5+PTX;9.0", "'7.5+PTX'")),
+)
 def test_a_list_that_cannot_be_compiled_for(toolchain, machine, monkeypatch, listed, names):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
     with pytest.raises(toolchain.BuildError) as error:
