@@ -287,6 +287,7 @@ void depthwise_backward(const DepthwiseBackward& p, const Threads& threads) {
   const int64_t parts = std::min(shape.images(), kImageParts), size = (taps + 1) * filters;
   // [part][channel][tap], then the bias's [channel].
   const std::unique_ptr<T[]> sums(new T[size_t(parts * size)]);
+  // Without `more` its strides are 0.
   const bool in_rows = p.x.channel == 1 && p.grad_x.channel == 1 && p.more.channel <= 1;
   with_block<T>(shape, in_rows, [&](auto n, bool direct) {
     using Work = DepthwiseWork<T, decltype(n)::value>;

@@ -20,7 +20,7 @@ void sample_forward(const SampleForward& p, Stream stream);
 void sample_backward(const SampleBackward& p, Stream stream);
 void attention_forward(const AttentionForward& p, Stream stream);
 
-// Scratch memory that the backward needs, in bytes, and whether it must come zeroed.
+// Scratch memory that the backward needs, in bytes.
 size_t attention_backward_scratch(const AttentionBackward& p, bool deterministic);
 void attention_backward(const AttentionBackward& p, void* scratch, bool deterministic,
                         Stream stream);
