@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../math/random.h"
-#include "lattice.h"
+#include "band.h"
 
 namespace dat::cpu::DAT_SIMD {
 
@@ -28,22 +28,29 @@ struct TableBias {
   // s[n][m] = bias for `keys` keys from `first` on.
   void forward(const Tile& tile, int64_t first, int keys, T* s) const {
     if (contiguous(tile)) return unit_bias(table, tile, cells.cell + first, keys, s);
-    for (int n = 0; n < keys; ++n) {
-      const T* p = pos + 2 * (first + n);
-      lattice_bias(table, tile, p[0], p[1], work, s + n * kLd<T>);
+    const bool band = is_band(table, tile);
+    for (int n = 0; n < keys; ++n, s += kLd<T>) {
+      const T y = pos[2 * (first + n)], x = pos[2 * (first + n) + 1];
+      if (band && within_reach(table, tile, y, x))
+        band_bias(table, tile, y, x, s);
+      else
+        lattice_bias(table, tile, y, x, work, s);
     }
   }
 
   // Adds to the table's gradient and to the positions', [N][2][lanes], in cells.
   void backward(const Tile& tile, int64_t first, int keys, const T* ds,
                 const PaddedTable<T>& grad_table, T* grad_pos) const {
-    const bool unit_cells = contiguous(tile);
+    const bool unit_cells = contiguous(tile), band = is_band(table, tile);
     for (int64_t n = first; n < first + keys; ++n, ds += kLd<T>) {
+      const T y = pos[2 * n], x = pos[2 * n + 1];
       T* along = grad_pos + n * 2 * kLanes<T>;
       if (unit_cells)
         unit_bias_backward(table, grad_table, tile, cells.cell[n], ds, along);
+      else if (band && within_reach(table, tile, y, x))
+        band_bias_backward(table, grad_table, tile, y, x, ds, along);
       else
-        lattice_bias_backward(table, grad_table, tile, pos[2 * n], pos[2 * n + 1], ds, work, along);
+        lattice_bias_backward(table, grad_table, tile, y, x, ds, work, along);
     }
   }
 };
