@@ -166,16 +166,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
   Tensor grad_q = laid_out_like<Device>(q);
   Tensor grad_k = laid_out_like<Device>(k), grad_v = laid_out_like<Device>(v);
-  Tensor grad_pos = none_like(lse), grad_table = none_like(lse), grad_bias = none_like(lse);
+  Tensor grad_pos, grad_table, grad_bias;
   p.grad_q = map_view(grad_q), p.grad_k = map_view(grad_k), p.grad_v = map_view(grad_v);
   if (table) {
     grad_pos = torch::stable::new_empty(*pos, {shape.batch, heads, shape.keys, 2});
     grad_table = torch::stable::new_empty(*table, table->sizes(), accumulation_type(q));
     if (shape.batch == 0) torch::stable::zero_(grad_table);
     p.grad_pos = grad_pos.data_ptr(), p.grad_table = grad_table.data_ptr();
+  } else {
+    grad_pos = none_like(lse), grad_table = none_like(lse);
   }
   bias_grad = bias_grad && bias;
-  if (bias_grad) grad_bias = new_grad_bias(*bias, Device::adds_in_any_order && deterministic, p);
+  grad_bias = bias_grad ? new_grad_bias(*bias, Device::adds_in_any_order && deterministic, p)
+                        : none_like(lse);
   if (shape.batch > 0) Device(q).run(p, deterministic);
   if (table) {
     grad_pos = sum_heads(grad_pos, shape);

@@ -319,6 +319,7 @@ class _Sample(_Operator):
     def save(ctx, inputs, output):
         x, offset, *ctx.settings = inputs
         ctx.save_for_backward(x, offset)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -329,6 +330,8 @@ class _Sample(_Operator):
     @staticmethod
     def backward(ctx, grad_sampled, grad_pos):
         x, offset = ctx.saved_tensors
+        if grad_sampled is None:
+            grad_sampled = x.new_zeros((*x.shape[:2], offset.shape[2] * offset.shape[3]))
         grad_x, grad_offset = _ops.deform_sample_backward(
             grad_sampled, grad_pos, x, offset, *ctx.settings
         )
@@ -346,6 +349,7 @@ class _Attention(_Operator):
     def save(ctx, inputs, output):
         *tensors, ctx.heads, ctx.scale, ctx.dropout_p, ctx.version = inputs
         ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)  # of lse there is none
 
     @staticmethod
     def forward(ctx, *inputs):

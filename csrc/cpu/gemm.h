@@ -25,24 +25,28 @@ constexpr int kTallVectors = 2;
 class Prefetch {
  public:
   void clear() { regions_ = current_ = 0; }
-  // `count` pieces of `bytes` each, `stride` bytes apart.
-  void add(const void* start, int64_t bytes, int64_t count, int64_t stride) {
+  // `count` pieces of `bytes` each, `stride` bytes apart; and that `times`, `step` bytes apart.
+  void add(const void* start, int64_t bytes, int64_t count, int64_t stride, int64_t times = 1,
+           int64_t step = 0) {
     if (regions_ == kRegions) return;
     if (bytes == stride) bytes *= count, count = 1;
-    region_[regions_++] = {static_cast<const char*>(start), bytes, count, stride, 0};
+    region_[regions_++] = {static_cast<const char*>(start), bytes, count, stride, times, step, 0, 0};
   }
   // Next lines, about as many as arrive during one register block of a product.
   void step() {
     for (int lines = 0; lines < kLines && current_ < regions_;) {
       Region& r = region_[current_];
-      if (r.count == 0) {
+      if (r.times == 0) {
         ++current_;
         continue;
       }
-      __builtin_prefetch(r.start + r.done, 0, 2);
+      const char* piece = r.start + r.piece * r.stride;
+      __builtin_prefetch(piece + r.done, 0, 2);
       ++lines;
-      r.done += kLineBytes;
-      if (r.done >= r.bytes) --r.count, r.start += r.stride, r.done = 0;
+      if ((r.done += kLineBytes) < r.bytes + int64_t(uintptr_t(piece) % kLineBytes)) continue;
+      r.done = 0;
+      if (++r.piece < r.count) continue;
+      r.piece = 0, --r.times, r.start += r.step;
     }
   }
 
@@ -50,7 +54,7 @@ class Prefetch {
   static constexpr int kRegions = 8, kLines = 12, kLineBytes = 64;
   struct Region {
     const char* start;
-    int64_t bytes, count, stride, done;
+    int64_t bytes, count, stride, times, step, piece, done;
   };
   Region region_[kRegions];
   int regions_ = 0, current_ = 0;
@@ -72,7 +76,7 @@ DAT_INLINE void gemm_block(bool accumulate, int depth, Operand<T> a, const T* b,
 #pragma GCC unroll 16
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
-    for (int x = 0; x < X; ++x) sum[i][x] = accumulate ? load(c + i * ldc + x * L) : Vec<T>{};
+    for (int x = 0; x < X; ++x) sum[i][x] = Vec<T>{};
   for (int k = 0; k < depth; ++k) {
     Vec<T> bk[X];
 #pragma GCC unroll 4
@@ -87,7 +91,11 @@ DAT_INLINE void gemm_block(bool accumulate, int depth, Operand<T> a, const T* b,
 #pragma GCC unroll 16
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
-    for (int x = 0; x < X; ++x) store(c + i * ldc + x * L, sum[i][x]);
+    for (int x = 0; x < X; ++x) {
+      // Added last: loads before the products would be waited for.
+      if (accumulate) sum[i][x] += load(c + i * ldc + x * L);
+      store(c + i * ldc + x * L, sum[i][x]);
+    }
   if (!top) return;
 #pragma GCC unroll 4
   for (int x = 0; x < X; ++x) {

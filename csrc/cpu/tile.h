@@ -256,8 +256,7 @@ void prefetch_tile(Prefetch& prefetch, const HeadView<S>& head, const Tile& tile
   const S* first = head.data + tile.row * head.row + tile.column;
   if (head.row == tile.columns)
     return prefetch.add(first, tile.queries() * size, channels, channel);
-  for (int r = 0; r < std::min(tile.rows, 4); ++r)
-    prefetch.add(first + r * head.row, tile.columns * size, channels, channel);
+  prefetch.add(first, tile.columns * size, tile.rows, head.row * size, channels, channel);
 }
 template <class S>
 void prefetch_keys(Prefetch& prefetch, const HeadView<S>& head, int64_t keys, int channels) {
