@@ -71,22 +71,23 @@ DAT_INLINE Bilinear<T> interpolate(const S* plane, const Taps<T>& taps) {
   return bilinear(value[0], value[1], value[2], value[3], taps.fy, taps.fx);
 }
 
-// Channels of a group are cut into this many parts, whatever the number of threads, so that sums
-// over channels come out the same.
-constexpr int64_t kChannelParts = 4;
+// Channels of a group are cut into so many parts, whatever the number of threads, so that sums over
+// channels come out the same: enough of them to share, each worth the way to its keys' taps.
+inline int64_t channel_parts(const SampleShape& shape) {
+  return std::clamp<int64_t>(shape.channels / shape.groups / 64, 1, 4);
+}
 
 // Calls f(image-and-group, part, first channel in the map, end) for all parts, in parallel.
 template <class F>
 void for_each_part(const SampleShape& shape, const Threads& threads, const F& f) {
-  const int64_t per_group = shape.channels / shape.groups;
-  const int64_t total = shape.batch * shape.groups * kChannelParts;
+  const int64_t per_group = shape.channels / shape.groups, parts = channel_parts(shape);
+  const int64_t total = shape.batch * shape.groups * parts;
   std::atomic<int64_t> next{0};
   parallel(threads, threads.count, [&](int) {
     for (int64_t i; (i = next.fetch_add(1)) < total;) {
-      const int64_t bg = i / kChannelParts, part = i % kChannelParts;
+      const int64_t bg = i / parts, part = i % parts;
       const int64_t first = bg % shape.groups * per_group;
-      f(bg, part, first + per_group * part / kChannelParts,
-        first + per_group * (part + 1) / kChannelParts);
+      f(bg, part, first + per_group * part / parts, first + per_group * (part + 1) / parts);
     }
   });
 }
@@ -246,6 +247,7 @@ void sample_backward(const SampleBackward& p, const Threads& threads) {
   using T = acc_t<S>;
   const SampleShape& shape = p.shape;
   const int64_t keys = shape.keys(), pairs = shape.batch * shape.groups;
+  const int64_t parts = channel_parts(shape);
   // Positions and their slopes in the offset, [B * G][N, 2].
   const std::unique_ptr<T[]> pos(new T[size_t(pairs * keys * 2)]);
   const std::unique_ptr<T[]> slope(new T[size_t(pairs * keys * 2)]);
@@ -255,7 +257,7 @@ void sample_backward(const SampleBackward& p, const Threads& threads) {
     slope[at] = y.slope, slope[at + 1] = x.slope;
   });
   // Gradient in cells, [part][B * G][N, 2]: each part of the channels has its own.
-  const std::unique_ptr<T[]> grad_cell(new T[size_t(kChannelParts * pairs * keys * 2)]());
+  const std::unique_ptr<T[]> grad_cell(new T[size_t(parts * pairs * keys * 2)]());
   for_each_part(shape, threads, [&](int64_t bg, int64_t part, int64_t first, int64_t end) {
     const auto work = make_workspace<SampleBackwardWork<S>>(shape);
     locate_all(shape, p.x, pos.get() + bg * keys * 2, work.taps);
@@ -272,7 +274,7 @@ void sample_backward(const SampleBackward& p, const Threads& threads) {
   for (int64_t bg = 0; bg < pairs; ++bg)
     for (int64_t n = 0; n < keys; ++n) {
       T y = 0, x = 0;
-      for (int64_t part = 0; part < kChannelParts; ++part) {
+      for (int64_t part = 0; part < parts; ++part) {
         const T* grad = grad_cell.get() + ((part * pairs + bg) * keys + n) * 2;
         y += grad[0] * along_y, x += grad[1] * along_x;
       }
