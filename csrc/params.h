@@ -131,4 +131,32 @@ struct DepthwiseBackward {
   void* grad_bias;    // [C / G]
 };
 
+// The offset network behind that: norm, GELU and a product over channels.
+struct OffsetHeadShape {
+  int64_t images, keys, channels;  // images: B * G
+  double eps;                      // of the norm
+  DType dtype;                     // f32 or f64
+
+  int64_t rows() const { return images * keys; }
+};
+
+struct OffsetHeadInputs {
+  OffsetHeadShape shape;
+  const void* features;                 // [images, keys, channels]
+  const void *norm_weight, *norm_bias;  // [channels]
+  const void* weight;                   // [2, channels]
+};
+
+struct OffsetHeadForward {
+  OffsetHeadInputs in;
+  void* offset;  // [images, 2, keys]
+};
+
+struct OffsetHeadBackward {
+  OffsetHeadInputs in;
+  const void* grad_offset;  // [images, 2, keys]
+  // Gradients of the inputs, of the same shapes.
+  void *grad_features, *grad_norm_weight, *grad_norm_bias, *grad_weight;
+};
+
 }  // namespace dat

@@ -11,21 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .functional import deform_attention, deform_sample, is_native
-from .offsets import is_hooked, is_usual, offsets
+from .offsets import LayerNormProxy, is_hooked, is_usual, offsets
 from .reference import VERSIONS, query_grid, reference_points
 
 Encoding = Literal["none", "rpe", "fixed", "log_cpb", "dwc"]
-
-
-class LayerNormProxy(nn.Module):
-    """LayerNorm over the channels of [B, C, H, W]."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class DAttention(nn.Module):

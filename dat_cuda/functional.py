@@ -360,6 +360,8 @@ class _Attention(_Operator):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
+        if grad_out is None:
+            return (None,) * 11
         q, k, v, pos, rpe_table, bias, seed, out, lse = ctx.saved_tensors
         bias_grad = bias is not None and ctx.needs_input_grad[5]
         *grads, grad_pos, grad_table, grad_bias = _ops.deform_attention_backward(

@@ -14,6 +14,17 @@ from .functional import is_autocast
 _ops = torch.ops.dat_cuda
 
 
+class LayerNormProxy(nn.Module):
+    """LayerNorm over the channels of [B, C, H, W]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def depthwise(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:
@@ -58,6 +69,41 @@ class _Depthwise(torch.autograd.Function):
         return (*_ops.depthwise_backward(grad, more, x, weight, *ctx.settings), None, None)
 
 
+def offset_head(
+    features: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """What makes offsets of a depthwise convolution's features [B G, Hk, Wk, C / G], on the CPU.
+
+        offset[b, i] = sum over c of weight[i, c] GELU(LayerNorm(features)[b, .., c])
+
+    All are contiguous, float32 or float64; norm_weight and norm_bias are the norm's [C / G], weight
+    is [2, C / G], offset [B G, 2, Hk, Wk]. Differentiable in the four tensors; the backward makes
+    the norm and GELU again.
+    """
+    if not torch.is_grad_enabled():
+        return _ops.offset_head_forward(features, norm_weight, norm_bias, weight, eps)
+    return _OffsetHead.apply(features, norm_weight, norm_bias, weight, eps)
+
+
+@torch.library.register_fake("dat_cuda::offset_head_forward")
+def _(features, norm_weight, norm_bias, weight, eps):
+    images, height, width, _ = features.shape
+    return features.new_empty((images, 2, height, width))
+
+
+class _OffsetHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
+        return _ops.offset_head_forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return (*_ops.offset_head_backward(grad, *ctx.saved_tensors, ctx.eps), None)
+
+
 def is_hooked(layer: nn.Module) -> bool:
     return any(
         (
@@ -100,5 +146,21 @@ def offsets(network: nn.Sequential, q: Tensor) -> tuple[Tensor, Tensor]:
     first, norm, activation, last = cast(Any, network)
     weight = first.weight.contiguous()
     features, q = depthwise(q, weight, first.bias, first.stride[0], first.padding[0])
+    if _is_usual_head(norm, activation, last):
+        rows, plain = features.permute(0, 2, 3, 1), norm.norm
+        return offset_head(rows, plain.weight, plain.bias, last.weight.flatten(1), plain.eps), q
     rows = activation(norm(features)).permute(0, 2, 3, 1)
     return F.linear(rows, last.weight.flatten(1), last.bias).permute(0, 3, 1, 2), q
+
+
+def _is_usual_head(norm: Any, activation: Any, last: Any) -> bool:
+    """Whether `offset_head` is what these, of a usual network, give."""
+    if type(norm) is not LayerNormProxy or type(activation) is not nn.GELU:
+        return False
+    plain = norm.norm
+    if any(map(is_hooked, (norm, plain, activation))) or type(plain) is not nn.LayerNorm:
+        return False
+    affine = plain.normalized_shape == (last.in_channels,) and plain.bias is not None
+    same_dtype = affine and plain.weight.dtype == plain.bias.dtype == last.weight.dtype
+    plain_last = last.bias is None and last.out_channels == 2
+    return same_dtype and plain_last and activation.approximate == "none"

@@ -1,5 +1,7 @@
 """The offset network on native CPU kernels: its depthwise convolution, and when it is used."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from operator_cases import pairwise, threads
 
 import dat_cuda
 from dat_cuda import DAttention
-from dat_cuda.offsets import depthwise, is_usual, offsets
+from dat_cuda.offsets import depthwise, is_usual, offset_head, offsets
 
 GROUPS, BATCH = 2, 3
 CASES = pairwise(
@@ -167,3 +169,87 @@ def test_a_replaced_convolution_is_called():
         right = made(x)[0]
     with torch.no_grad():
         torch.testing.assert_close(made(x)[0], right, rtol=1e-4, atol=1e-5)
+
+
+HEADS = pairwise(
+    dtype=(torch.float64, torch.float32),
+    channels=(1, 5, 16, 40, 64, 96, 128, 200),
+    size=((1, 1), (7, 7), (13, 17), (1, 33)),
+    images=(0, 1, 6),
+    threads=(1, 2, 3),
+)
+
+
+@pytest.mark.parametrize("case", HEADS, ids=describe)
+def test_offset_head(case):
+    channels, dtype, eps = case["channels"], case["dtype"], 1e-3
+    shapes = ((case["images"], *case["size"], channels), (channels,), (channels,), (2, channels))
+    exact = [
+        (3 * torch.randn(shape, dtype=torch.float64)).to(dtype).double().requires_grad_()
+        for shape in shapes
+    ]
+    found = [t.detach().to(dtype).requires_grad_() for t in exact]
+
+    def formula(features, norm_weight, norm_bias, weight):
+        normal = F.layer_norm(features, (channels,), norm_weight, norm_bias, eps)
+        return F.linear(F.gelu(normal), weight).permute(0, 3, 1, 2)
+
+    right = formula(*exact)
+    plain = [t.detach().to(dtype).requires_grad_() for t in exact]
+    expected = formula(*plain)
+    grad = torch.randn_like(right).to(dtype)
+    with threads(case["threads"]):
+        out = offset_head(*found, eps)
+        results = out, *torch.autograd.grad(out, found, grad)
+    assert out.is_contiguous()
+    same_dtype = expected, *torch.autograd.grad(expected, plain, grad)
+    rights = right, *torch.autograd.grad(right, exact, grad.double())
+    # Of channels that are alike the norm multiplies what rounding leaves by up to eps ** -0.5; and
+    # what arrives at them cancels.
+    rounding = 2 * eps**-0.5 * torch.finfo(dtype).eps
+    arriving = max(1, *(float(t.detach().abs().amax()) for t in exact[1::2])) ** 2
+    names = "offset", "features", "norm_weight", "norm_bias", "weight"
+    for name, result, like, wanted in zip(names, results, same_dtype, rights, strict=True):
+        assert result.dtype == dtype and result.shape == wanted.shape, name
+        if wanted.numel() == 0:
+            continue
+        scale = wanted.abs().max().clamp(min=arriving)
+        error = (result.double() - wanted).abs().max() / scale
+        allowed = 2 * (like.double() - wanted).abs().max() / scale + rounding
+        assert error <= allowed, (name, error, allowed)
+
+
+def test_gelu_keeps_its_digits_in_the_tails():
+    # Of two channels x and -x the norm leaves about +-1, so the parameters make the argument of
+    # GELU: norm_weight 0 and norm_bias the argument.
+    x = torch.cat((torch.linspace(-12, 12, 241), torch.tensor([-1e30, 1e30])))
+    for value in x.tolist():
+        bias = torch.tensor([value, 0.0])
+        out = offset_head(
+            torch.randn(1, 1, 1, 2), torch.zeros(2), bias, torch.tensor([[1.0, 0], [0, 0]]), 1e-5
+        )
+        right = value * math.erfc(-value / math.sqrt(2)) / 2
+        assert abs(out[0, 0, 0, 0] - right) <= 1e-5 * abs(right) + 1e-37, value
+
+
+def test_the_offset_head_spreads_nan_within_its_row():
+    features = torch.randn(1, 2, 2, 16)
+    features[0, 1, 0, 3] = torch.nan
+    out = offset_head(features, torch.ones(16), torch.zeros(16), torch.randn(2, 16), 1e-5)
+    assert out.isnan().nonzero().tolist() == [[0, 0, 1, 0], [0, 1, 1, 0]]
+
+
+def test_wrong_arguments_of_the_offset_head():
+    features, norm, weight = torch.randn(2, 3, 3, 8), torch.randn(8), torch.randn(2, 8)
+    for arguments, said in (
+        ((features[0], norm, norm, weight), r"features must have shape \[images, Hk, Wk, C\]"),
+        ((features, norm[:4], norm, weight), "norm_weight must have shape"),
+        ((features, norm, norm[:4], weight), "norm_bias must have shape"),
+        ((features, norm, norm, weight[:1]), "weight must have shape"),
+        ((features, norm.double(), norm, weight), "norm_weight must have the dtype of features"),
+        ((features.half(), norm.half(), norm.half(), weight.half()), "features must be float32 or"),
+        ((features.transpose(1, 2), norm, norm, weight), "features must be contiguous"),
+        ((features[..., :0], norm[:0], norm[:0], weight[:, :0]), "C of features"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            offset_head(*arguments, 1e-5)

@@ -6,6 +6,7 @@
 #include "attention_forward.h"
 #include "attention_windows.h"
 #include "depthwise.h"
+#include "offset_head.h"
 #include "sample.h"
 
 #define DAT_STRING_(x) #x
@@ -53,6 +54,14 @@ const Kernels table = {
     [](const DepthwiseBackward& p, const Threads& threads) {
       (p.shape.dtype == DType::f64 ? depthwise_backward<double>
                                    : depthwise_backward<float>)(p, threads);
+    },
+    [](const OffsetHeadForward& p, const Threads& threads) {
+      (p.in.shape.dtype == DType::f64 ? offset_head_forward<double>
+                                      : offset_head_forward<float>)(p, threads);
+    },
+    [](const OffsetHeadBackward& p, const Threads& threads) {
+      (p.in.shape.dtype == DType::f64 ? offset_head_backward<double>
+                                      : offset_head_backward<float>)(p, threads);
     },
 };
 

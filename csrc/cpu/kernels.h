@@ -30,6 +30,8 @@ struct Kernels {
   void (*window_backward)(const AttentionBackward&, int64_t groups, const Threads&);
   void (*depthwise_forward)(const DepthwiseForward&, const Threads&);
   void (*depthwise_backward)(const DepthwiseBackward&, const Threads&);
+  void (*offset_head_forward)(const OffsetHeadForward&, const Threads&);
+  void (*offset_head_backward)(const OffsetHeadBackward&, const Threads&);
 };
 
 // The best table for this machine; DAT_SIMD=avx2|baseline in the environment asks for a lesser one.
