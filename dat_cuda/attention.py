@@ -170,6 +170,8 @@ class DAttention(nn.Module):
         q = project(self.proj_q, x)
         offset, q = self._offsets(q)
         sampled, pos, reference = self._keys(x, offset)
+        if has_cpu_ways(x) and sampled.shape[2] < self.nc:  # once for both projections
+            sampled = sampled.transpose(1, 2).contiguous().transpose(1, 2)
         k = project(self.proj_k, sampled)
         v = project(self.proj_v, sampled)
         table = self.rpe_table if self.encoding == "rpe" else None

@@ -7,6 +7,8 @@
 // function is inlined: the broadcasts then need no address arithmetic.
 #pragma once
 
+#include <algorithm>
+
 #include "vec.h"
 
 namespace dat::cpu::DAT_SIMD {
@@ -24,40 +26,43 @@ constexpr int kTallVectors = 2;
 // problems reading and writing the tensors would else take as long as the arithmetic.
 class Prefetch {
  public:
-  void clear() { regions_ = current_ = 0; }
+  void clear() { regions_ = current_ = 0, at_ = end_ = nullptr; }
   // `count` pieces of `bytes` each, `stride` bytes apart; and that `times`, `step` bytes apart.
   void add(const void* start, int64_t bytes, int64_t count, int64_t stride, int64_t times = 1,
            int64_t step = 0) {
     if (regions_ == kRegions) return;
     if (bytes == stride) bytes *= count, count = 1;
-    region_[regions_++] = {static_cast<const char*>(start), bytes, count, stride, times, step, 0, 0};
+    region_[regions_++] = {static_cast<const char*>(start), bytes, count, stride, times, step, 0};
   }
   // Next lines, about as many as arrive during one register block of a product.
   void step() {
-    for (int lines = 0; lines < kLines && current_ < regions_;) {
-      Region& r = region_[current_];
-      if (r.times == 0) {
-        ++current_;
-        continue;
-      }
-      const char* piece = r.start + r.piece * r.stride;
-      __builtin_prefetch(piece + r.done, 0, 2);
-      ++lines;
-      if ((r.done += kLineBytes) < r.bytes + int64_t(uintptr_t(piece) % kLineBytes)) continue;
-      r.done = 0;
-      if (++r.piece < r.count) continue;
-      r.piece = 0, --r.times, r.start += r.step;
+    for (int64_t lines = kLines; lines > 0;) {
+      if (at_ >= end_ && !next_piece()) return;
+      const char* stop = std::min(end_, at_ + lines * kLineBytes);
+      for (; at_ < stop; at_ += kLineBytes, --lines) __builtin_prefetch(at_, 0, 2);
     }
   }
 
  private:
-  static constexpr int kRegions = 8, kLines = 12, kLineBytes = 64;
+  static constexpr int kRegions = 8, kLines = 20, kLineBytes = 64;
   struct Region {
     const char* start;
-    int64_t bytes, count, stride, times, step, piece, done;
+    int64_t bytes, count, stride, times, step, piece;
   };
+  bool next_piece() {
+    for (; current_ < regions_; ++current_) {
+      Region& r = region_[current_];
+      if (r.piece == r.count) r.piece = 0, --r.times, r.start += r.step;
+      if (r.times <= 0 || r.count == 0) continue;
+      at_ = r.start + r.piece++ * r.stride, end_ = at_ + r.bytes;
+      at_ -= uintptr_t(at_) % kLineBytes;
+      return true;
+    }
+    return false;
+  }
   Region region_[kRegions];
   int regions_ = 0, current_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;  // of the piece that is on its way
 };
 
 // One operand: element (i, k) at data[i * row + k * column].
