@@ -79,8 +79,8 @@ class CubinNinja(dat_ninja.NinjaFile):
     """Machine code alone, with ptxas's report beside it."""
 
     def cubin(self, source: Path, architecture: str) -> Path:
-        flag = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-        flags = [*dat_ninja.NVCC_FLAGS.split(), flag]
+        name = f"{architecture[:-1]}.{architecture[-1]}"
+        flags = [*dat_ninja.NVCC_FLAGS.split(), *dat_ninja.architecture_flags([name])]
         self.compile("cubin", source, flags, f"sm_{architecture}")
         return self.objects[-1]
 

@@ -53,12 +53,16 @@ def simd_variants() -> list[str]:
     return ["baseline"]
 
 
-def _architecture_flags(architectures: Iterable[str]) -> Iterable[str]:
+def architecture_flags(architectures: Iterable[str]) -> Iterable[str]:
+    """Machine code for each, made of as few kinds of PTX as there are kinds of kernels (is_compiled
+    in common.cuh): PTX takes longer to make than machine code of it. Nothing in it is special to an
+    architecture, as 9.0a would allow."""
     for architecture in architectures:
-        number = architecture.removesuffix("+PTX").replace(".", "")
-        yield f"-gencode=arch=compute_{number},code=sm_{number}"
+        number = "".join(re.match(r"(\d+)\.(\d)", architecture).groups())
+        virtual = "80" if int(number) >= 80 else number
+        yield f"-gencode=arch=compute_{virtual},code=sm_{number}"
         if architecture.endswith("+PTX"):
-            yield f"-gencode=arch=compute_{number},code=compute_{number}"
+            yield f"-gencode=arch=compute_{virtual},code=compute_{virtual}"
 
 
 def _path(path: Path) -> str:
@@ -126,6 +130,8 @@ class NinjaFile:
         return flags
 
     def add_sources(self) -> None:
+        if self.nvcc:  # first, for they take longest
+            self.add_cuda_sources(architecture_flags(self.architectures))
         common = self.cxx_flags()
         kernels = self.sources("csrc/cpu/kernels*.cpp")
         others = self.sources("csrc/*.cpp") + self.sources("csrc/cpu/*.cpp")
@@ -138,8 +144,6 @@ class NinjaFile:
             flags = [*SIMD_FLAGS[variant].split(), f"-DDAT_SIMD={variant}"]
             for source in kernels:
                 self.compile("cxx", source, common + flags, variant)
-        if self.nvcc:
-            self.add_cuda_sources(_architecture_flags(self.architectures))
 
     def add_cuda_sources(self, flags: Iterable[str]) -> None:
         flags = [*NVCC_FLAGS.split(), *flags]

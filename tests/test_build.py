@@ -164,6 +164,18 @@ def test_a_list_that_cannot_be_compiled_for(toolchain, machine, monkeypatch, lis
     assert names in one_sentence(error) and "TORCH_CUDA_ARCH_LIST" in one_sentence(error)
 
 
+def test_the_gpus_of_a_kind_share_their_ptx(toolchain):
+    import dat_ninja
+
+    assert list(dat_ninja.architecture_flags(["7.5", "8.0", "9.0a", "12.0+PTX"])) == [
+        "-gencode=arch=compute_75,code=sm_75",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_90",
+        "-gencode=arch=compute_80,code=sm_120",
+        "-gencode=arch=compute_80,code=compute_80",
+    ]
+
+
 @pytest.mark.parametrize("wanted", (None, "0"))
 def test_cuda_can_be_declined(toolchain, machine, monkeypatch, tmp_path, wanted):
     import dat_ninja
