@@ -73,8 +73,11 @@ inline Plan plan_backward_keys(const AttentionProblem& problem, const AttentionB
     plan.at_grads =
         layout.take(std::max(problem.tile_bytes(plan),
                              size_t(plan.key_stage) * plan.query_pitch * problem.shared_bytes()));
-  if (!problem.tensor_cores)
-    plan.at_scratch = layout.take(kKeyWarps * 16 * kWarp * problem.shared_bytes());
+  if (!problem.tensor_cores) {  // of the warps that there are units for
+    const int units = plan.rows * plan.columns / kWarp;
+    const int warps = std::min(kKeyWarps, plan.key_stage / kKeysOfWarp * units);
+    plan.at_scratch = layout.take(warps * 16 * kWarp * problem.shared_bytes());
+  }
   // The sums take the place of the tiles in the end.
   const size_t sums = size_t(problem.channels) * plan.key_pitch * problem.acc_bytes();
   layout.used = std::max(layout.used, sums);
@@ -164,7 +167,7 @@ struct Backward {
         clear(p.grad_table, shape.heads * shape.table_h * shape.table_w * problem.acc_bytes());
 
       if (!plan.with_q) over_queries(tag, problem, layout, stream);
-      with_bias<T>(problem.bias, [&](auto bias) {
+      with_bias(problem.bias, [&](auto bias) {
         launch("attention_backward_keys", attention_backward_keys_kernel<E, decltype(bias)::value>,
                key_blocks(shape, plan), kKeyWarps * kWarp, plan.shared, stream, p, plan,
                layout.scratch);
@@ -183,7 +186,7 @@ struct Backward {
     const Plan plan = best_plan(problem, device, "attention_backward", [&](const Choice& choice) {
       return plan_backward_queries(problem, p, choice);
     });
-    with_bias<T>(problem.bias, [&](auto bias) {
+    with_bias(problem.bias, [&](auto bias) {
       launch("attention_backward_queries",
              attention_backward_queries_kernel<E, decltype(bias)::value>,
              plan.splits * shape.heads * shape.batch, plan.rows * plan.columns, plan.shared, stream,

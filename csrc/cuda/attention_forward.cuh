@@ -70,8 +70,8 @@ void attention_forward_of(const AttentionForward& p, Stream stream) {
           return launch_forward<typename E::Tall, Bias::shallow>(p, plan, stream);
       }
     const Plan plan = plan_for(problem);
-    with_bias<T>(problem.bias,
-                 [&](auto bias) { launch_forward<E, decltype(bias)::value>(p, plan, stream); });
+    with_bias(problem.bias,
+              [&](auto bias) { launch_forward<E, decltype(bias)::value>(p, plan, stream); });
   });
 }
 

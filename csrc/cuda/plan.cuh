@@ -26,7 +26,7 @@ struct Device {
 inline int vector_length(const MapView& view, int64_t size, DType dtype, bool converted) {
   if (view.column != 1) return view.channel == 1 ? 0 : 1;
   if (converted) return 1;
-  const int bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+  const int bytes = dtype == DType::f32 ? 4 : 2;
   int vec = 16 / bytes;
   const int64_t address = int64_t(reinterpret_cast<uintptr_t>(view.data) / bytes);
   const int64_t all = size | view.row | view.channel | view.batch | address;
@@ -42,14 +42,18 @@ struct AttentionProblem {
   int multiprocessors;
   int stack = 1;  // units of a warp
 
-  size_t shared_bytes() const {  // of a value in shared memory
-    return in.shape.dtype == DType::f64 ? 8 : tensor_cores ? 2 : 4;
-  }
-  size_t acc_bytes() const { return in.shape.dtype == DType::f64 ? 8 : 4; }
+  size_t shared_bytes() const { return tensor_cores ? 2 : 4; }  // of a value in shared memory
+  size_t acc_bytes() const { return 4; }
   int vector_of(const MapView& view, int64_t size) const {
-    const bool converted =
-        !tensor_cores && in.shape.dtype != DType::f64 && in.shape.dtype != DType::f32;
+    const bool converted = !tensor_cores && in.shape.dtype != DType::f32;
     return vector_length(view, size, in.shape.dtype, converted);
+  }
+  int most_units() const { return cuda::most_units(tensor_cores, channels); }
+  // Values between channels in shared memory, for `most` of them if the engine knows the pitch at
+  // compile time, else for those that are there; apart, lest accesses meet in the same banks. A
+  // little less for long heads on CUDA cores, for which 7.5 has just enough shared memory.
+  int pitch(int most, int count) const {
+    return tensor_cores ? most + 8 : count + (channels > 64 ? 4 : 8);
   }
   size_t tile_bytes(const Plan& plan) const {
     return size_t(channels) * plan.query_pitch * shared_bytes();
@@ -59,11 +63,18 @@ struct AttentionProblem {
   }
 };
 
-inline int padded_channels(int64_t head_dim) {
-  for (int channels : {16, 32, 64, 128})
-    if (head_dim <= channels) return channels;
-  throw LaunchError("dat_cuda: head_dim = C / heads must be at most 128 on CUDA, got " +
-                    std::to_string(head_dim) + "; use dat_cuda.backend('reference')");
+// Of head_dim. Refuses what the kernels do not take.
+inline int padded_channels(const AttentionShape& shape) {
+  const auto require = [](bool fits, const char* what, int64_t got) {
+    if (!fits)
+      throw LaunchError(std::string("dat_cuda: ") + what + " on CUDA, got " + std::to_string(got) +
+                        "; use dat_cuda.backend('reference')");
+  };
+  require(shape.queries() < int64_t(1) << 31, "H * W of q must be below 2^31", shape.queries());
+  require(shape.head_dim <= 128, "head_dim = C / heads must be at most 128", shape.head_dim);
+  for (int channels : {16, 32, 64})
+    if (shape.head_dim <= channels) return channels;
+  return 128;
 }
 
 // How scores come about.
@@ -98,8 +109,7 @@ inline Bias wanted_bias(const AttentionInputs& in) {
   plan_scores(plan, in.shape);
   if (!in.table || in.bias.data || plan.y.slope > 1) return Bias::direct;
   if (plan.y.slope == 1 && plan.x.slope == 1) return Bias::unit;
-  if (plan.y.slope > 1. / 3) return Bias::slope;
-  return in.shape.dtype == DType::f64 ? Bias::direct : Bias::shallow;
+  return plan.y.slope > 1. / 3 ? Bias::slope : Bias::shallow;
 }
 
 // What a block costs beside its units, in units: its own start, and the sums of what it shares with
@@ -157,7 +167,7 @@ inline void plan_tiles(Plan& plan, const AttentionProblem& problem, int units, i
     }
   best.apply(plan, strips, bands);
   plan.query_pitch =
-      (problem.tensor_cores ? kMaxUnits * problem.stack * kWarp : plan.rows * plan.columns) + 8;
+      problem.pitch(problem.most_units() * problem.stack * kWarp, plan.rows * plan.columns);
 }
 
 // Hands out shared memory.
@@ -183,7 +193,7 @@ inline bool is_odd_list(const MapView& view, const AttentionShape& shape) {
 inline void plan_keys(Plan& plan, const AttentionProblem& problem, int least, int most) {
   plan.key_stage = least;
   while (plan.key_stage < most && plan.key_stage < problem.in.shape.keys) plan.key_stage *= 2;
-  plan.key_pitch = (problem.tensor_cores ? kMaxKeys : plan.key_stage) + 8;
+  plan.key_pitch = problem.pitch(kMaxKeys, plan.key_stage);
   const int k_vec = problem.vector_of(problem.in.k, problem.in.shape.keys);
   const int v_vec = problem.vector_of(problem.in.v, problem.in.shape.keys);
   plan.key_words = problem.tensor_cores && problem.in.shape.keys <= plan.key_stage &&
@@ -235,7 +245,7 @@ Plan best_plan(AttentionProblem& problem, const Device& device, const char* name
   for (;;) {
     for (const int room : {half, device.shared_per_block})
       for (const int keys : {kMaxKeys, kMaxKeys / 2, kMaxKeys / 4})
-        for (const int units : {kMaxUnits, 2, 1})
+        for (int units = problem.most_units(); units; units /= 2)
           for (const int buffers : {2, 1})
             for (int tiles = 32; tiles; tiles /= 2) {
               const Plan plan = make(Choice{units, keys, buffers, tiles});
@@ -259,34 +269,29 @@ struct EngineTag {
 template <template <class, int> class Engine, class T, class F>
 void with_channels(int channels, const F& run) {
   switch (channels) {
-    case 16:  // float64 is there to check gradients: half the kernels, which take long to compile
-      if constexpr (sizeof(T) < 8) return run(EngineTag<Engine<T, 16>>());
-      [[fallthrough]];
+    case 16: return run(EngineTag<Engine<T, 16>>());
     case 32: return run(EngineTag<Engine<T, 32>>());
-    case 64:
-      if constexpr (sizeof(T) < 8) return run(EngineTag<Engine<T, 64>>());
-      [[fallthrough]];
+    case 64: return run(EngineTag<Engine<T, 64>>());
     default: return run(EngineTag<Engine<T, 128>>());
   }
 }
 
 template <class T, class F>
 void with_engine(const AttentionShape& shape, const Device& device, const F& run) {
-  const int channels = padded_channels(shape.head_dim);
+  const int channels = padded_channels(shape);
   if constexpr (sizeof(T) == 2)
     if (device.major >= 8) return with_channels<Mma, T>(channels, run);
   with_channels<Simt, T>(channels, run);
 }
 
-// Calls run with the bias as a compile-time constant. float64 has no shallow one (wanted_bias).
-template <class T, class F>
+// Calls run with the bias as a compile-time constant.
+template <class F>
 void with_bias(Bias bias, const F& run) {
   switch (bias) {
     case Bias::direct: return run(std::integral_constant<Bias, Bias::direct>());
     case Bias::unit: return run(std::integral_constant<Bias, Bias::unit>());
     case Bias::slope: return run(std::integral_constant<Bias, Bias::slope>());
-    case Bias::shallow:
-      if constexpr (sizeof(T) < 8) return run(std::integral_constant<Bias, Bias::shallow>());
+    case Bias::shallow: return run(std::integral_constant<Bias, Bias::shallow>());
   }
 }
 

@@ -30,7 +30,8 @@ struct Mma {
 
   // Between channels in shared memory: such that eight of them start in different banks, and known
   // to the compiler.
-  static constexpr int kQueryPitch = kStack * kMaxUnits * kWarp + 8, kKeyPitch = kMaxKeys + 8;
+  static constexpr int kQueryPitch = kStack * most_units(true, kChannels) * kWarp + 8;
+  static constexpr int kKeyPitch = kMaxKeys + 8;
   __device__ static int query_pitch(const Plan&) { return kQueryPitch; }
   __device__ static int key_pitch(const Plan&) { return kKeyPitch; }
 

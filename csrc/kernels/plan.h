@@ -18,6 +18,12 @@ constexpr int kUnitRows = 4, kUnitColumns = 8;
 // too few.
 constexpr int kMaxUnits = 4;
 
+// The same by engine: of long heads on tensor cores, two tiles of more units and keys would take
+// more shared memory than most GPUs have.
+__host__ __device__ constexpr int most_units(bool tensor_cores, int channels) {
+  return tensor_cores && channels > 64 ? 2 : kMaxUnits;
+}
+
 // Keys in shared memory at a time, at most.
 constexpr int kMaxKeys = 64;
 

@@ -98,22 +98,11 @@ __device__ __forceinline__ void wait_for_copies() {
 __device__ __forceinline__ void load_others(Vec<float, 1>& to, const float* p) {
   asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(to.at[0]) : "l"(p) : "memory");
 }
-__device__ __forceinline__ void load_others(Vec<double, 1>& to, const double* p) {
-  asm volatile("ld.relaxed.gpu.global.f64 %0, [%1];" : "=d"(to.at[0]) : "l"(p) : "memory");
-}
 __device__ __forceinline__ void load_others(Vec<float, 4>& to, const float* p) {
   asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(to.at[0]), "=f"(to.at[1]), "=f"(to.at[2]), "=f"(to.at[3])
                : "l"(p)
                : "memory");
-}
-__device__ __forceinline__ void load_others(Vec<double, 4>& to, const double* p) {
-#pragma unroll
-  for (int i = 0; i < 4; i += 2)
-    asm volatile("ld.relaxed.gpu.global.v2.f64 {%0, %1}, [%2];"
-                 : "=d"(to.at[i]), "=d"(to.at[i + 1])
-                 : "l"(p + i)
-                 : "memory");
 }
 
 // Base-2 exponential and logarithm; in float the hardware's, off by some units in the last place.
@@ -131,78 +120,48 @@ __device__ __forceinline__ float fast_log2(float x) {
 }
 __device__ __forceinline__ double fast_log2(double x) { return log2(x); }
 
-// 1 / x, in float the hardware's.
+// 1 / x, the hardware's.
 __device__ __forceinline__ float fast_reciprocal(float x) {
   float y;
   asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ double fast_reciprocal(double x) { return 1 / x; }
 
 // a b + c rounded once. Said aloud where c is itself a product: the compiler may fuse that one.
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 
 // 32 bits that travel as a number.
-template <class A>
-__device__ __forceinline__ A number_of_bits(int bits) {
-  if constexpr (sizeof(A) == 4)
-    return __int_as_float(bits);
-  else
-    return __hiloint2double(0, bits);
-}
+__device__ __forceinline__ float number_of_bits(int bits) { return __int_as_float(bits); }
 __device__ __forceinline__ int bits_of_number(float x) { return __float_as_int(x); }
-__device__ __forceinline__ int bits_of_number(double x) { return __double2loint(x); }
 
-// t = whole + fraction, for |t| below 2^22. In float without the slow conversions: adding 1.5 2^23
-// moves the whole part to the last bits.
-template <class A>
+// t = whole + fraction, for |t| below 2^22. Without the slow conversions: adding 1.5 2^23 moves the
+// whole part to the last bits.
 struct Parts {
-  A fraction;
-  int whole;
-};
-template <>
-struct Parts<float> {
   static constexpr float kMove = 0x1.8p23f;
   float fraction, whole, moved;
 };
-__device__ __forceinline__ Parts<float> parts_of(float t) {
-  const float moved = __fadd_rd(t, Parts<float>::kMove), whole = moved - Parts<float>::kMove;
+__device__ __forceinline__ Parts parts_of(float t) {
+  const float moved = __fadd_rd(t, Parts::kMove), whole = moved - Parts::kMove;
   return {t - whole, whole, moved};
-}
-__device__ __forceinline__ Parts<double> parts_of(double t) {
-  const int whole = __double2int_rd(t);
-  return {t - whole, whole};
 }
 
 // The whole parts' place in rows that are `pitch` apart.
-__device__ __forceinline__ int place_of(Parts<float> y, Parts<float> x, int pitch) {
-  return __float_as_int(fused(y.whole, float(pitch), x.moved)) -
-         __float_as_int(Parts<float>::kMove);
-}
-__device__ __forceinline__ int place_of(Parts<double> y, Parts<double> x, int pitch) {
-  return y.whole * pitch + x.whole;
+__device__ __forceinline__ int place_of(Parts y, Parts x, int pitch) {
+  return __float_as_int(fused(y.whole, float(pitch), x.moved)) - __float_as_int(Parts::kMove);
 }
 
 // The same in two steps: the address in shared memory of a row of cells, with what turns the bits
 // of x.moved into a number taken off; and a cell of it.
 template <class Cell>
-__device__ __forceinline__ int row_address(const Cell* cells, Parts<float> y, int pitch) {
-  return int(shared_address(cells)) +
-         (int(y.whole) * pitch - __float_as_int(Parts<float>::kMove)) * int(sizeof(Cell));
+__device__ __forceinline__ int row_address(const Cell* cells, Parts y, int pitch) {
+  const unsigned place = unsigned(int(y.whole) * pitch) - unsigned(__float_as_int(Parts::kMove));
+  return int(shared_address(cells) + place * unsigned(sizeof(Cell)));
 }
 template <class Cell>
-__device__ __forceinline__ const Cell* cell_at(int row, Parts<float> x) {
+__device__ __forceinline__ const Cell* cell_at(int row, Parts x) {
   const unsigned address = unsigned(row) + unsigned(__float_as_int(x.moved)) * sizeof(Cell);
   return static_cast<const Cell*>(__cvta_shared_to_generic(address));
-}
-template <class Cell>
-__device__ __forceinline__ int row_address(const Cell* cells, Parts<double> y, int pitch) {
-  return int(shared_address(cells + y.whole * pitch));
-}
-template <class Cell>
-__device__ __forceinline__ const Cell* cell_at(int row, Parts<double> x) {
-  return static_cast<const Cell*>(__cvta_shared_to_generic(unsigned(row))) + x.whole;
 }
 
 // a k + b, clamped to [0, 1], for k from 1 to 7 that the compiler knows.
@@ -218,10 +177,6 @@ __device__ __forceinline__ float fused_saturated(float a, int k, float b) {
     case 7: asm("fma.rn.sat.f32 %0, %1, 0f40E00000, %2;" : "=f"(sum) : "f"(a), "f"(b)); break;
   }
   return sum;
-}
-__device__ __forceinline__ double fused_saturated(double a, int k, double b) {
-  const double sum = a * k + b;
-  return sum < 0 ? 0 : sum > 1 ? 1 : sum;  // NaN stays
 }
 
 }  // namespace dat::cuda

@@ -1,5 +1,5 @@
-// Matrix products of a warp on CUDA cores, in the accumulation type: float32 and float64, and half
-// precision on devices before sm_80. Same interface as mma.cuh.
+// Matrix products of a warp on CUDA cores, in float32: for float32, and for half precision on
+// devices before sm_80. Same interface as mma.cuh.
 //
 // Lane l = g + 8 t, so that lanes of one key read the same address. Scores are laid out over g and
 // t as in mma.cuh; weights pass through a scratch of the warp to reach the lanes that sum with
@@ -25,6 +25,8 @@ struct Simt {
   static constexpr int kScratch = 16 * kUnit;
   static constexpr int kKeyLanes = 24;
   static constexpr int kOwn = kChannels / 4;  // channels of a lane's sums: t, t + 4, ..
+  // Steps of the loops around them that are written out: those of long heads are long enough.
+  static constexpr int kUnrolled = kOwn < 16 ? 8 : 1;
 
   __device__ static int query_pitch(const Plan& plan) { return plan.query_pitch; }
   __device__ static int key_pitch(const Plan& plan) { return plan.key_pitch; }
@@ -89,7 +91,7 @@ struct Simt {
         }
       __syncwarp();
       values += t() * pitch;
-#pragma unroll
+#pragma unroll kUnrolled
       for (int n = 0; n < kTiles * 8; n += 4) {
         Vec<Acc, 4> weights[4];
 #pragma unroll
@@ -168,7 +170,7 @@ struct Simt {
         }
       __syncwarp();
       unit += t() * pitch;
-#pragma unroll
+#pragma unroll kUnrolled
       for (int q = 0; q < kUnit; q += 4) {
         Vec<Acc, 4> weights[2];
 #pragma unroll

@@ -64,13 +64,11 @@ __device__ __forceinline__ void each_channel(int run, int runs, int head_dim, co
 // Calls f with the vector length as a compile-time constant; S and T differ: always 1.
 template <class S, class T, class F>
 __device__ __forceinline__ void with_vector(int vec, const F& f) {
-  if constexpr (std::is_same_v<S, T> && sizeof(T) <= 4) {
+  if constexpr (std::is_same_v<S, T>) {
     if (vec == 4) return f(std::integral_constant<int, 4>());
     if (vec == 2) return f(std::integral_constant<int, 2>());
     if constexpr (sizeof(T) == 2)
       if (vec == 8) return f(std::integral_constant<int, 8>());
-  } else if constexpr (std::is_same_v<S, T>) {
-    if (vec == 2) return f(std::integral_constant<int, 2>());
   }
   f(std::integral_constant<int, 1>());
 }

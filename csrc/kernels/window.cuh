@@ -205,7 +205,7 @@ struct TableWindow {
       const T *at = own.at + r * step, *right = next.at + r * step;
       Cell* cells = to + r * pitch() + c;
       const auto copy_row = [&] {
-        if constexpr (!kPairs && std::is_same_v<T, A> && sizeof(A) == 4) {
+        if constexpr (!kPairs && std::is_same_v<T, A>) {
           copy_async<4>(shared_address(cells), at, own.inside);
         } else if constexpr (!kPairs) {
           cells->at[0] = own.value(at);
@@ -249,10 +249,8 @@ struct TableWindow {
         const unsigned short bits =
             *reinterpret_cast<const unsigned short*>(from) & (inside ? 0xffff : 0);
         return to_acc(*reinterpret_cast<const T*>(&bits));
-      } else if constexpr (sizeof(T) == 4) {
-        return __int_as_float(*reinterpret_cast<const int*>(from) & (inside ? -1 : 0));
       } else {
-        return inside ? *from : T(0);
+        return __int_as_float(*reinterpret_cast<const int*>(from) & (inside ? -1 : 0));
       }
     }
   };
@@ -267,16 +265,16 @@ struct TableWindow {
       keys[n] = near ? WindowKey<A>{x, slope_x, y, 0} : WindowKey<A>{-1, 0, 0, 0};
       if constexpr (kBands)
         for (int band = 0; band < plan.rows / kRows; ++band) {
-          const Parts<A> at = parts_of(near ? fused(slope_y, A(tile_row + band * kRows), y) : A(0));
+          const Parts at = parts_of(near ? fused(slope_y, A(tile_row + band * kRows), y) : A(0));
           bands[band * kMaxKeys + n] = {at.fraction - Group::kFrom,
-                                        number_of_bits<A>(row_address(window, at, pitch()))};
+                                        number_of_bits(row_address(window, at, pitch()))};
         }
     } else if (!near) {
-      keys[n] = {0, 0, 0, number_of_bits<A>(0)};
+      keys[n] = {0, 0, 0, number_of_bits(0)};
     } else {
       const A floor_y = floor(y), floor_x = floor(x), lower = (y - floor_y) * A(kLog2e);
       keys[n] = {x - floor_x, A(kLog2e) - lower, lower,
-                 number_of_bits<A>((int(floor_y) * pitch() + int(floor_x)) * int(sizeof(Cell)))};
+                 number_of_bits((int(floor_y) * pitch() + int(floor_x)) * int(sizeof(Cell)))};
     }
     return !near;
   }
@@ -300,14 +298,14 @@ struct TableWindow {
       const Cell* cells;
       if constexpr (kPairs) {
         const auto line = *reinterpret_cast<const Vec<A, 2>*>(at.keys + n);
-        const Parts<A> x = parts_of(fused(line.at[1], A(column), line.at[0]));
+        const Parts x = parts_of(fused(line.at[1], A(column), line.at[0]));
         fraction_x = x.fraction;
         if constexpr (kBands) {
           const BandKey<A> band = at.bands[(row - at.tile_row) / kRows * kMaxKeys + n];
           group = Group(band.from, at.slope_y);
           cells = cell_at<Cell>(bits_of_number(band.row), x);
         } else {
-          const Parts<A> y = parts_of(fused(at.slope_y, A(row), at.keys[n].y1_or_y));
+          const Parts y = parts_of(fused(at.slope_y, A(row), at.keys[n].y1_or_y));
           group = Group(y.fraction - Group::kFrom, at.slope_y);
           const int cell = place_of(y, x, pitch);
           place = cell * int(sizeof(A));

@@ -1,8 +1,0 @@
-#include "attention_backward.cuh"
-
-namespace dat::cuda {
-
-template size_t attention_backward_scratch_of<double>(const AttentionBackward&, bool);
-template void attention_backward_of<double>(const AttentionBackward&, void*, bool, Stream);
-
-}  // namespace dat::cuda

@@ -1,7 +1,0 @@
-#include "attention_forward.cuh"
-
-namespace dat::cuda {
-
-template void attention_forward_of<double>(const AttentionForward&, Stream);
-
-}  // namespace dat::cuda
