@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
           exponents<E, kBias>(s, shift, scorer, in_block, first, chunk, left, tiles);
           E::scores(grad, typename E::Queries(grad_out + slot, E::query_pitch(plan)), v + chunk,
                     E::key_pitch(plan), tiles);
-          if (plan.drops) drop_weights<E>(grad, in, plan, at, in_block, first + chunk);
+          if (plan.drops)
+            drop_weights<E>(grad, in, plan, at, in_block, first + chunk, A(plan.dropout.scale));
 #pragma unroll
           for (int r = 0; r < kUnitRows; ++r) {
             const A delta = rows[slot + r * kUnitColumns + E::g()];

@@ -184,13 +184,20 @@ __global__ void __launch_bounds__(kMaxUnits* kWarp, kResident<E>)
             continue;
           }
           softmax.accept(sum);
-          if (plan.drops) drop_weights<E>(s, in, plan, at, in_block, first + chunk);
+          if (plan.drops) drop_weights<E>(s, in, plan, at, in_block, first + chunk, A(1));
           sums.add(s, v + chunk, E::key_pitch(plan), tiles, scratch);
           chunk += 8 * E::kTiles, tries = 0;
         }
       });
       typename E::Rows lse;
       softmax.finish(lse, sums);
+      if (plan.drops) {  // not before: half precision might not hold the weights then
+        const A scale = A(plan.dropout.scale);
+        typename E::Rows factor;
+#pragma unroll
+        for (int r = 0; r < softmax.kRows; ++r) (&factor[0][0])[r] = scale;
+        sums.scale(factor);
+      }
       sums.store(own, E::query_pitch(plan), below);
       A* to = static_cast<A*>(p.lse) + at.batch_head * shape.queries() + row * shape.width + column;
       const int rows = E::t() == 0 && column < shape.width ? int(shape.height) - row : 0;

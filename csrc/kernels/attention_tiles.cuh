@@ -143,7 +143,9 @@ struct Scorer {
   }
 
   // Whether add_unusual() has something to add.
-  __device__ bool has_unusual() const { return kBias == Bias::direct || far; }
+  __device__ bool has_unusual() const {
+    return kBias == Bias::direct ? in.table || in.bias.data : far;
+  }
 
   // What the window does not hold, for query (row, column) of the tile and key first + n: the
   // table's value for far keys, the dense bias.
@@ -341,9 +343,10 @@ __device__ void exponents(typename E::Scores& s, const typename E::Rows& shift,
   }
 }
 
+// Multiplies by `scale` what is kept, and by 0 what is not.
 template <class E>
 __device__ void drop_weights(typename E::Scores& p, const AttentionInputs& in, const Plan& plan,
-                             const BlockPlace& at, UnitPlace unit, int key) {
+                             const BlockPlace& at, UnitPlace unit, int key, typename E::Acc scale) {
   constexpr int kKeys = E::kTiles * 2, kOfUnit = kUnitRows * kKeys;
   static_assert(kOfUnit <= 32);
   const Dropper dropper(in, plan, at.batch_head);
@@ -359,7 +362,7 @@ __device__ void drop_weights(typename E::Scores& p, const AttentionInputs& in, c
     }
 #pragma unroll
     for (int i = 0; i < kOfUnit; ++i)
-      (&p[u][0][0][0])[i] *= typename E::Acc(kept >> i & 1 ? dropper.rule.scale : 0.);
+      (&p[u][0][0][0])[i] *= kept >> i & 1 ? scale : typename E::Acc(0);
   }
 }
 
