@@ -149,7 +149,8 @@ def deform_attention(
         pos: ``[B, G, N, 2]`` in (y, x); G divides heads, and heads / G neighbouring heads share a
             group. Only the table uses it. Computed with in float32 (float64 for float64 q).
         rpe_table: ``[heads, Th, Tw]`` of any size, zeros outside, align_corners. Computed with in
-            float32 (float64 for float64 q). Needs ``pos``.
+            float32 (float64 for float64 q). Needs ``pos``. Finite: next to an infinite value the
+            scores are NaN, on CUDA for up to seven more rows of queries. A ``bias`` masks keys.
         heads: number of heads, divides C.
         bias: dense additive bias, broadcastable to ``[B, heads, H * W, N]``, dtype of q.
         scale: factor of q . k; by default ``(C / heads) ** -0.5``.

@@ -23,7 +23,8 @@ extern "C" int __wrap_cudaDeviceGetAttribute(int* value, int attribute, int devi
   return 0;
 }
 
-STABLE_TORCH_LIBRARY(dat_cuda_emulated, m) { dat::define_operators(m); }
-STABLE_TORCH_LIBRARY_IMPL(dat_cuda_emulated, CPU, m) {
-  dat::implement_operators<EmulatedDevice>(m);
-}
+// DAT_LIBRARY: the name, which a macro of torch would take as it stands.
+#define DEFINE_LIBRARY(name)                                  \
+  STABLE_TORCH_LIBRARY(name, m) { dat::define_operators(m); } \
+  STABLE_TORCH_LIBRARY_IMPL(name, CPU, m) { dat::implement_operators<EmulatedDevice>(m); }
+DEFINE_LIBRARY(DAT_LIBRARY)

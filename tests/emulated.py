@@ -32,8 +32,8 @@ sys.path += [str(PROJECT / "build_backend"), str(PTXEMU_HOME)]
 import dat_ninja  # noqa: E402
 import dat_toolchain  # noqa: E402
 
-# PTX alone, which no ptxas has to compile, readable, with the lines of the sources for reports.
-CUDA_FLAGS = ("-gencode=arch=compute_80,code=compute_80", "-lineinfo", "--no-compress")
+# Of the devices of the emulator, those that lack what PTX for 8.0 needs: they have another library.
+EARLY = ("t4",)
 OPERATORS = [
     f"deform_{name}_{way}" for name in ("sample", "attention") for way in ("forward", "backward")
 ]
@@ -61,12 +61,25 @@ def require() -> None:
         (pytest.fail if os.environ.get("DAT_REQUIRE_EMULATED") == "1" else pytest.skip)(reason)
 
 
+def library_name(early: bool) -> str:
+    return "dat_cuda_emulated_early" if early else "dat_cuda_emulated"
+
+
+def cuda_flags(early: bool = False) -> list[str]:
+    """PTX alone, which no ptxas has to compile, readable, with the sources' lines for reports."""
+    number = 75 if early else 80
+    return [f"-gencode=arch=compute_{number},code=compute_{number}", "-lineinfo", "--no-compress"]
+
+
 class EmulatedNinja(dat_ninja.NinjaFile):
     """Links the objects of csrc/cuda with the emulator in the place of the CUDA runtime."""
 
+    early = False
+
     def add_sources(self) -> None:
-        self.compile("cxx", Path("tests/emulated.cpp"), self.cxx_flags())
-        self.add_cuda_sources(CUDA_FLAGS)
+        name = f"-DDAT_LIBRARY={library_name(self.early)}"
+        self.compile("cxx", Path("tests/emulated.cpp"), [*self.cxx_flags(), name])
+        self.add_cuda_sources(cuda_flags(self.early))
 
     def linker(self) -> str:
         return "$cxx -shared -Wl,--wrap=cudaDeviceGetAttribute"
@@ -84,17 +97,17 @@ def _find_nvcc() -> dat_toolchain.Nvcc | None:
 
 
 @functools.cache
-def failure_to_load() -> Exception | None:
-    """Registers the operators as torch.ops.dat_cuda_emulated, after building what is not up to
-    date. A failure is returned: one is enough for a run of tests."""
+def failure_to_load(early: bool) -> Exception | None:
+    """Registers the operators in torch.ops, after building what is not up to date. A failure is
+    returned: one is enough for a run of tests."""
     try:
-        torch.ops.load_library(_build())
+        torch.ops.load_library(_build(early))
     except (dat_toolchain.BuildError, RuntimeError) as error:
         return error
     return None
 
 
-def _build() -> Path:
+def _build(early: bool = False) -> Path:
     import ptxemu.build
     import ptxemu.device
 
@@ -105,13 +118,14 @@ def _build() -> Path:
         os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dat_cuda", "emulated"
     )
     torch_found = dat_toolchain.require_torch()
-    setting = [PROJECT, torch_found, nvcc, emulator, os.environ.get("CXX")]
+    setting = [PROJECT, torch_found, nvcc, emulator, os.environ.get("CXX"), early]
     build = Path(cache).resolve() / hashlib.sha256(repr(setting).encode()).hexdigest()[:16]
-    library = build / "dat_cuda_emulated.so"
+    library = build / f"{library_name(early)}.so"
     build.mkdir(parents=True, exist_ok=True)
     with (build / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ninja = EmulatedNinja(PROJECT, build, "", torch_found, nvcc)
+        ninja.early = early
         ninja.add_sources()
         ninja.link(library, f"-L{emulator}", "-lptxemu_cudart", f"-Wl,-rpath,{emulator}")
         ninja.run()
@@ -129,24 +143,27 @@ def multiprocessors(count: int | None):
 
 
 @contextmanager
-def emulated(race_seed: int | None = None):
-    """The CUDA kernels compute on CPU tensors; whatever the emulator reports is raised at the end.
+def emulated(race_seed: int | None = None, device: str = "a100"):
+    """The CUDA kernels compute on CPU tensors, as on this device of the emulator; whatever it
+    reports is raised at the end.
 
     With a race_seed also races and reads of uninitialised shared memory, under the order of warps
     that it stands for (0: the usual one).
     """
     require()
-    if error := failure_to_load():
+    early = device in EARLY
+    if error := failure_to_load(early):
         raise error
     import ptxemu
 
     race = {} if race_seed is None else {"race": True, "seed": race_seed}
+    operators = getattr(torch.ops, library_name(early))
     scoped = torch.library._scoped_library("dat_cuda", "IMPL")
-    with ptxemu.session(max_inst=MOST_INSTRUCTIONS, **race), scoped as library:
+    with ptxemu.session(max_inst=MOST_INSTRUCTIONS, device=device, **race), scoped as library:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for name in OPERATORS:
-                library.impl(name, getattr(torch.ops.dat_cuda_emulated, name), "CPU")
+                library.impl(name, getattr(operators, name), "CPU")
         yield
 
 

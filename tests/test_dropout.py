@@ -11,13 +11,13 @@ import dat_cuda
 KEYS, SIZE = 70, (12, 20)  # two key tiles, the second one not a multiple of four
 
 
-def kept_weights(p, batch=2, heads=3, dtype=torch.float64):
+def kept_weights(p, batch=2, heads=3, dtype=torch.float64, keys=KEYS, **options):
     """[B, heads, N, M]: equal weights that survived, times N: 0 or 1 / (1 - p)."""
-    q = torch.zeros(batch, heads * KEYS, *SIZE, dtype=dtype)
+    q = torch.zeros(batch, heads * keys, *SIZE, dtype=dtype)
     # With the identity for values, the output is the matrix of weights.
-    v = torch.eye(KEYS, dtype=dtype).repeat(batch, heads, 1)
-    out = dat_cuda.deform_attention(q, torch.zeros_like(v), v, heads=heads, dropout_p=p)
-    return (out * KEYS).view(batch, heads, KEYS, -1)
+    v = torch.eye(keys, dtype=dtype).repeat(batch, heads, 1)
+    out = dat_cuda.deform_attention(q, torch.zeros_like(v), v, heads=heads, dropout_p=p, **options)
+    return (out * keys).view(batch, heads, keys, -1)
 
 
 @pytest.mark.parametrize("p", (0.1, 0.5, 0.9))
@@ -29,6 +29,16 @@ def test_rate_and_scale(backend, p, dtype):
     assert abs(kept.double().mean().item() - (1 - p)) < 6 * math.sqrt(p * (1 - p) / kept.numel())
     scale = torch.full_like(weights[kept], 1 / (1 - p))
     torch.testing.assert_close(weights[kept], scale, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_high_rates_do_not_overflow(backend):
+    """Scores of 4.5, whose exponentials, times the scale of 1,000, float16 cannot hold."""
+    dtype, keys = torch.float16, 8
+    bias = torch.full((1, keys), 4.5, dtype=dtype)
+    weights = kept_weights(0.999, batch=8, dtype=dtype, keys=keys, bias=bias)
+    kept = weights[weights != 0]
+    assert kept.numel() > 0
+    torch.testing.assert_close(kept, torch.full_like(kept, 1000), rtol=4e-3, atol=0)
 
 
 @pytest.mark.parametrize("axis", range(4), ids=("images", "heads", "keys", "queries"))

@@ -123,6 +123,23 @@ def test_attention_far_away_among_many_keys(backend, far, key):
     assert_close(out, naive_attention(given, "dat++"))
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_infinite_table_values_stay_near(backend, version):
+    """As far as the documentation says: seven rows from the queries that the formula has it for."""
+    size = (24, 6)
+    given = attention_inputs(queries=size, table=(47, 11))
+    given["rpe_table"][1, 20, 5] = -INF
+    out = dat_cuda.deform_attention(**given, heads=4, version=version)
+    want = reference.deform_attention(**given, heads=4, version=version)
+    bias = reference._table_bias(given["rpe_table"], given["pos"], *size, version)
+    reached = (~torch.isfinite(bias)).any(-1).unflatten(2, size).float()
+    near = torch.nn.functional.max_pool2d(reached, (15, 1), 1, (7, 0)).bool()
+    near = near.repeat_interleave(out.shape[1] // 4, 1)
+    assert 0 < near.sum() < near.numel()
+    assert_close(out[~near], want[~near])
+    assert (out.isnan() | (out - want).abs().lt(1e-4))[near].all()
+
+
 def masked_bias(rows, keys, dtype):
     """[M, N] where some keys are masked, for some rows all up to, from, or but one key; row 0 is
     masked altogether."""
