@@ -54,12 +54,12 @@ def simd_variants() -> list[str]:
 
 
 def architecture_flags(architectures: Iterable[str]) -> Iterable[str]:
-    """Machine code for each, made of as few kinds of PTX as there are kinds of kernels (is_compiled
-    in common.cuh): PTX takes longer to make than machine code of it. Nothing in it is special to an
-    architecture, as 9.0a would allow."""
+    """Machine code for each, made of few kinds of PTX, which takes longer to make: without tensor
+    cores, with them, and for 10.0 and later, which get better code from PTX of their own. Nothing
+    in it is special to an architecture, as 9.0a would allow."""
     for architecture in architectures:
-        number = "".join(re.match(r"(\d+)\.(\d)", architecture).groups())
-        virtual = "80" if int(number) >= 80 else number
+        number = int("".join(re.match(r"(\d+)\.(\d)", architecture).groups()))
+        virtual = 100 if number >= 100 else 80 if number >= 80 else number
         yield f"-gencode=arch=compute_{virtual},code=sm_{number}"
         if architecture.endswith("+PTX"):
             yield f"-gencode=arch=compute_{virtual},code=compute_{virtual}"

@@ -171,8 +171,8 @@ def test_the_gpus_of_a_kind_share_their_ptx(toolchain):
         "-gencode=arch=compute_75,code=sm_75",
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_80,code=sm_90",
-        "-gencode=arch=compute_80,code=sm_120",
-        "-gencode=arch=compute_80,code=compute_80",
+        "-gencode=arch=compute_100,code=sm_120",
+        "-gencode=arch=compute_100,code=compute_100",
     ]
 
 

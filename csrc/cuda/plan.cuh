@@ -191,6 +191,7 @@ inline bool is_odd_list(const MapView& view, const AttentionShape& shape) {
 
 // Keys in shared memory at a time: all of them, or `most`.
 inline void plan_keys(Plan& plan, const AttentionProblem& problem, int least, int most) {
+  plan.adds = problem.in.table || problem.in.bias.data;
   plan.key_stage = least;
   while (plan.key_stage < most && plan.key_stage < problem.in.shape.keys) plan.key_stage *= 2;
   plan.key_pitch = problem.pitch(kMaxKeys, plan.key_stage);

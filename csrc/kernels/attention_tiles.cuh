@@ -142,10 +142,8 @@ struct Scorer {
     }
   }
 
-  // Whether add_unusual() has something to add.
-  __device__ bool has_unusual() const {
-    return kBias == Bias::direct ? in.table || in.bias.data : far;
-  }
+  // Whether add_unusual() has something to add. Read anew each time: kept, it costs registers.
+  __device__ bool has_unusual() const { return kBias == Bias::direct ? opaque(plan.adds) : far; }
 
   // What the window does not hold, for query (row, column) of the tile and key first + n: the
   // table's value for far keys, the dense bias.

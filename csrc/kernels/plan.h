@@ -58,6 +58,7 @@ struct Plan {
   int window_rows, window_columns, window_pitch;  // of the table in shared memory
   float near_y, near_x;  // where the first query is in it, at most, lest the last one leaves it
   int group_heads;       // heads that share positions
+  int adds;              // a table or a dense bias
   int drops;             // dropout
   Dropout dropout;       //   "
   bool with_q;           // backward: the pass over keys gives grad_q as well
