@@ -74,9 +74,19 @@ AT_UNIT_SLOPE = {
     "bias": (("unit", None), ("unit", "hMN"), ("unit", "B1M1")),
     "reach": (0.95,),
 }
+# So have, backward, small maps at slopes near 1 with an even number of keys.
+ON_SMALL_MAPS = {
+    "version": ("dat",),
+    "bias": (("unit", None),),
+    "dtype": (torch.bfloat16, torch.float16),
+    "size": ((14, 14), (7, 7), (13, 15), (5, 9), (1, 4)),
+    "keys": (2, 16, 70, 136, 196, 260),
+    "head_dim": (17, 20, 32),
+    "deterministic": (False,),
+}
 ATTENTION_CASES = [
     AttentionCase(**row)
-    for axes in (ATTENTION_AXES, ATTENTION_AXES | AT_UNIT_SLOPE)
+    for axes in (ATTENTION_AXES, ATTENTION_AXES | AT_UNIT_SLOPE, ATTENTION_AXES | ON_SMALL_MAPS)
     for row in pairwise(**axes)
 ]
 ATTENTION_CASES = [case for case in ATTENTION_CASES if case.is_comparable]

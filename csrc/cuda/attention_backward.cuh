@@ -5,6 +5,7 @@
 #include "../kernels/attention_backward_finish.cuh"
 #include "../kernels/attention_backward_keys.cuh"
 #include "../kernels/attention_backward_queries.cuh"
+#include "attention_backward_columns.cuh"
 #include "plan.cuh"
 
 namespace dat::cuda {
@@ -33,15 +34,6 @@ inline Plan plan_backward_queries(const AttentionProblem& problem, const Attenti
     plan.at_scratch = layout.take(area / kWarp * 16 * kWarp * problem.shared_bytes());
   plan.shared = layout.total();
   return plan;
-}
-
-// Values that all tiles of keys have of grad_q; 0 where there is one.
-inline int64_t grad_q_parts(const AttentionProblem& problem, const Plan& plan) {
-  const AttentionShape& shape = problem.in.shape;
-  const int64_t tiles = KeyPlace::key_tiles(shape, plan);
-  return tiles == 1 ? 0
-                    : tiles * shape.batch * shape.heads * plan.splits * plan.tiles_down *
-                          problem.channels * plan.rows * plan.columns;
 }
 
 inline Plan plan_backward_keys(const AttentionProblem& problem, const AttentionBackward& p,
@@ -130,23 +122,26 @@ struct Backward {
   bool deterministic;
   Device device = Device::current();
 
-  // Calls run(engine tag, problem, plan of the pass over keys).
+  // Calls run(engine tag, problem, plan of the pass over keys, whether it walks down columns).
   template <class F>
   void with_plan(const F& run) const {
     with_engine<T>(p.in.shape, device, [&](auto tag) {
       using E = typename decltype(tag)::type;
       AttentionProblem problem{p.in, E::kTensorCores, E::kChannels, wanted_bias(p.in),
                                device.multiprocessors};
+      Plan small;
+      if (plan_backward_columns(small, problem, p, deterministic, device))
+        return run(tag, problem, small, true);
       const Plan plan = best_plan(problem, device, "attention_backward", [&](const Choice& choice) {
         return plan_backward_keys(problem, p, deterministic, choice);
       });
-      run(tag, problem, plan);
+      run(tag, problem, plan, false);
     });
   }
 
   size_t scratch_bytes() const {
     size_t bytes = 0;
-    with_plan([&](auto, const AttentionProblem& problem, const Plan& plan) {
+    with_plan([&](auto, const AttentionProblem& problem, const Plan& plan, bool) {
       bytes = BackwardLayout(nullptr, problem, plan, deterministic).bytes;
     });
     return bytes;
@@ -154,7 +149,7 @@ struct Backward {
 
   void operator()(void* memory, Stream stream) const {
     const AttentionShape& shape = p.in.shape;
-    with_plan([&](auto tag, const AttentionProblem& problem, const Plan& plan) {
+    with_plan([&](auto tag, const AttentionProblem& problem, const Plan& plan, bool columns) {
       using E = typename decltype(tag)::type;
       const BackwardLayout layout(memory, problem, plan, deterministic);
       const auto clear = [&](void* data, size_t bytes) {
@@ -166,6 +161,11 @@ struct Backward {
       if (p.in.table && !layout.tables)
         clear(p.grad_table, shape.heads * shape.table_h * shape.table_w * problem.acc_bytes());
 
+      if constexpr (sizeof(T) == 2)
+        if (columns)
+          return launch("attention_backward_columns", attention_backward_columns_kernel<T>,
+                        key_blocks(shape, plan), plan.key_stage / kKeysOfWarp * kWarp, plan.shared,
+                        stream, p, plan, layout.scratch);
       if (!plan.with_q) over_queries(tag, problem, layout, stream);
       with_bias(problem.bias, [&](auto bias) {
         launch("attention_backward_keys", attention_backward_keys_kernel<E, decltype(bias)::value>,

@@ -130,7 +130,7 @@ struct QueryGradients {
   const AttentionBackward& p;
   const Plan& plan;
   const KeyPlace& place;
-  A* parts;                 // of grad_q in global memory, of all tiles of keys, or null
+  A* parts;                 // of grad_q, unscaled, of all tiles of keys in global memory, or null
   S *q, *grad_out, *grads;  // grads: out at first, then scores' gradients [key][query]
 
   // f(unit of the tile) for those that are on the map, a warp each.
@@ -172,13 +172,11 @@ struct QueryGradients {
       typename E::Sums sums;
       sums.clear();
       sums.add_stored(grads + slot, E::query_pitch(plan), k, E::key_pitch(plan), plan.key_stage);
+      if (part) return sums.store(part + slot, slots());
       const float scale = float(p.in.shape.scale);
       const typename E::Rows factor = {{scale, scale, scale, scale}};
       sums.scale(factor);
-      if (part)
-        sums.store(part + slot, slots());
-      else
-        sums.store(q + slot, E::query_pitch(plan));
+      sums.store(q + slot, E::query_pitch(plan));
     });
     if (!part) store_tile(origin);
   }
@@ -201,7 +199,7 @@ struct QueryGradients {
       const A* first = part_of(0, tile);
       for (int i = threadIdx.x * 4; i < slots() * E::kChannels; i += blockDim.x * 4) {
         const int slot = i % slots();
-        const auto [row, column] = place_of(plan, origin, slot);
+        const auto [row, column] = place_of<E::kWholeRows>(plan, origin, slot);
         if (row >= shape.height || column >= shape.width) continue;
         Vec<A, 4> sum{};
         const A* part = first + i;
@@ -213,7 +211,7 @@ struct QueryGradients {
         }
         Vec<S, 4> narrow;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) narrow.at[e] = from_acc<S>(sum.at[e]);
+        for (int e = 0; e < 4; ++e) narrow.at[e] = from_acc<S>(sum.at[e] * A(shape.scale));
         *reinterpret_cast<Vec<S, 4>*>(q + i / slots() * E::query_pitch(plan) + slot) = narrow;
       }
       store_tile(origin);

@@ -22,10 +22,11 @@ struct Mma {
   static constexpr bool kTensorCores = true;
   static constexpr int kChannels = kChannels_;
   static constexpr int kTiles = kTiles_, kStack = kStack_;
-  using Short = Mma<T, kChannels_, 2>;    // the same with shorter steps, in fewer registers
-  using Tall = Mma<T, kChannels_, 2, 2>;  // and with two units
-  static constexpr int kScratch = 0;      // values of shared memory for each warp
-  static constexpr int kKeyLanes = 3;     // bits of the lane that tell keys of a query apart
+  static constexpr bool kWholeRows = false;  // of a tile's slots (place_of)
+  using Short = Mma<T, kChannels_, 2>;       // the same with shorter steps, in fewer registers
+  using Tall = Mma<T, kChannels_, 2, 2>;     // and with two units
+  static constexpr int kScratch = 0;         // values of shared memory for each warp
+  static constexpr int kKeyLanes = 3;        // bits of the lane that tell keys of a query apart
   static constexpr int kSteps = kChannels / 16;
 
   // Between channels in shared memory: such that eight of them start in different banks, and known
@@ -261,7 +262,10 @@ struct Mma {
     for (int k = 0; k < kSteps; ++k) {
       static_assert(kStack == 1);
       typename Queries::Operand a;
-      queries.load(a, k);
+      if constexpr (Queries::kKept)
+        for (int i = 0; i < 8; ++i) (&a[0][0][0])[i] = (&queries.m[k][0][0][0])[i];
+      else
+        queries.load(a, k);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         unsigned b[4];

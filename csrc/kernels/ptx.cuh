@@ -11,25 +11,29 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
 
 // x, of which the compiler knows nothing: what is computed from it stays where it is used, and is
 // not made ready ahead of a loop or for paths that are not taken.
-__device__ __forceinline__ unsigned opaque(unsigned x) {
-  asm volatile("" : "+r"(x));
+template <class N>
+__device__ __forceinline__ N opaque(N x) {
+  if constexpr (std::is_same_v<N, float>)
+    asm volatile("" : "+f"(x));
+  else
+    asm volatile("" : "+r"(x));
   return x;
 }
 
-// Four 8x8 matrices of 16-bit values; lanes 8 i .. 8 i + 7 give the rows of matrix i. Lane l gets
-// of each the pair at (row l / 4, columns 2 (l % 4), + 1), transposed: (rows 2 (l % 4), + 1, column
-// l / 4).
-template <bool kTransposed>
+// Four 8x8 matrices of 16-bit values; lanes 8 i .. 8 i + 7 give the rows of matrix i, kOffset bytes
+// from an address. Lane l gets of each the pair at (row l / 4, columns 2 (l % 4), + 1), transposed:
+// (rows 2 (l % 4), + 1, column l / 4).
+template <bool kTransposed, int kOffset = 0>
 __device__ __forceinline__ void load_matrices(unsigned (&m)[4], unsigned address) {
   if constexpr (kTransposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4+%5];"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(address)
+                 : "r"(address), "n"(kOffset)
                  : "memory");
   else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4+%5];"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(address)
+                 : "r"(address), "n"(kOffset)
                  : "memory");
 }
 

@@ -19,6 +19,7 @@ struct Simt {
   static constexpr bool kTensorCores = false;
   static constexpr int kChannels = kChannels_;
   static constexpr int kTiles = 2, kStack = 1;
+  static constexpr bool kWholeRows = false;
   using Short = Simt;
   using Tall = Simt;
   static constexpr int kUnit = kUnitRows * kUnitColumns;

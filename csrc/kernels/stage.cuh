@@ -85,8 +85,14 @@ struct TileOrigin {
   int row, column;
 };
 
-// Where slot `slot` of a tile is: units one after the other, each by rows.
+// Where slot `slot` of a tile is: units one after the other, each by rows. kWholeRows: rows of 16
+// slots, where the neighbours that a lane's accumulators have of 8 slots are next to those that it
+// has of the 8 others.
+template <bool kWholeRows = false>
 __device__ __forceinline__ TileOrigin place_of(const Plan& plan, TileOrigin origin, unsigned slot) {
+  if (kWholeRows)
+    return {origin.row + int(slot / 16),
+            origin.column + int(slot / 2 % 4 * 4 + slot / 8 % 2 * 2 + slot % 2)};
   const unsigned across = unsigned(plan.columns) / kUnitColumns, unit = slot / kWarp;
   const unsigned row = unit / across * kUnitRows + slot / kUnitColumns % kUnitRows;
   const unsigned column = unit % across * kUnitColumns + slot % kUnitColumns;
@@ -112,7 +118,7 @@ __device__ void load_queries(const AttentionShape& shape, const Plan& plan, Tile
   if (vec == 0) {
     for (int i = int(this_thread()); i < area * E::kChannels; i += blockDim.x) {
       const int c = i % E::kChannels, slot = i / E::kChannels;
-      const auto [row, column] = place_of(plan, origin, slot);
+      const auto [row, column] = place_of<E::kWholeRows>(plan, origin, slot);
       const bool inside = row < int(shape.height) && column < int(shape.width) && c < head_dim;
       each_tile([&, row = row, column = column](const QueryTile<S, T>& tile) {
         const MapView& view = tile.view;
@@ -128,7 +134,7 @@ __device__ void load_queries(const AttentionShape& shape, const Plan& plan, Tile
     // Once, but for tiles of more positions than threads.
     for (int i = int(this_thread()); i < positions * runs; i += blockDim.x) {
       const int slot = unsigned(i) % positions * kVec;
-      const auto [row_, column_] = place_of(plan, origin, slot);
+      const auto [row_, column_] = place_of<E::kWholeRows>(plan, origin, slot);
       const int row = row_, column = column_;
       const bool inside = row < int(shape.height) && column < int(shape.width);
       const auto channels = [&](const QueryTile<S, T>& tile) {
@@ -155,7 +161,7 @@ __device__ void store_queries(T* out, const S* shared, const AttentionShape& sha
     const int positions = plan.rows * plan.columns / kVec, runs = max(blockDim.x / positions, 1);
     for (int i = int(this_thread()); i < positions * runs; i += blockDim.x) {
       const int slot = unsigned(i) % positions * kVec;
-      const auto [row, column] = place_of(plan, origin, slot);
+      const auto [row, column] = place_of<E::kWholeRows>(plan, origin, slot);
       if (row >= int(shape.height) || column >= int(shape.width)) continue;
       each_channel<E::kChannels, kRunOf<kVec>>(
           unsigned(i) / positions, runs, int(shape.head_dim),
