@@ -38,6 +38,7 @@ BARS = {
     "datpp_s_2 bfloat16 backward": {"h100": 3},
     "datpp_s_3 bfloat16 backward": {"h100": 3},
     "datpp_s_4 bfloat16 backward": {"h100": 3},
+    "dat_t_3 bfloat16 backward": {"h100": 3},
 }
 # Devices of the emulator that share their limits: sm_120 has as much shared memory as an RTX 4090.
 DEVICES = {"80": "a100", "90": "h100", "120": "rtx4090"}

@@ -83,6 +83,21 @@ FAULTS = {
         "key_blocks(shape, plan), kKeyWarps",
         "key_blocks(shape, plan) - 1, kKeyWarps",
     ),
+    "backward: the walk does not wait": (
+        "csrc/kernels/attention_backward_columns.cuh",
+        "make_delta<E>(grads, grad_out);\n    __syncthreads();",
+        "make_delta<E>(grads, grad_out);",
+    ),
+    "backward: the walk is not waited for": (
+        "csrc/kernels/attention_backward_columns.cuh",
+        "__syncthreads();\n    window.flush",
+        "window.flush",
+    ),
+    "backward: a window's bound is off": (
+        "csrc/kernels/column_window.cuh",
+        "x >= 0 && y < plan.near_y",
+        "x >= 0 && y < plan.near_y + 28",
+    ),
     "backward: a warp too few": (
         "csrc/cuda/attention_backward.cuh",
         "key_blocks(shape, plan), kKeyWarps * kWarp,",
@@ -144,9 +159,10 @@ def run_cases(library: str) -> int:
     doctor.BIASES["few"] = doctor.BiasKind(size=(14, 14), keys=25, table=(27, 27))
     torch.manual_seed(0)
     # Wide copies and two loads of keys; narrow ones, with keys that the window does not hold; all
-    # keys at once; scores whose exponentials are 0. One multiprocessor: blocks of several warps;
-    # 108: several blocks of a split.
-    for bias, count in itertools.product(("unit", "far", "few", "dense"), (1, 108)):
+    # keys at once; a small map; scores whose exponentials are 0. One multiprocessor: blocks of
+    # several warps; 108: several blocks of a split.
+    biases = ("unit", "far", "few", "slope, a small map", "dense")
+    for bias, count in itertools.product(biases, (1, 108)):
         case = doctor.attention_check(torch.bfloat16, 32, bias, "cpu")
         if bias == "dense":
             case.inputs["bias"].sub_(200)
