@@ -52,7 +52,7 @@ BIASES = {
     "shallow": BiasKind(size=(13, 9), keys=70, table=(6, 5)),
     "steep": BiasKind(size=(9, 13), keys=70, table=(57, 50)),
     "far": BiasKind(size=(9, 13), keys=70, table=(17, 25), reach=1.8),
-    "slope, a small map": BiasKind("dat", size=(14, 14), keys=70, table=(27, 27), reach=1.8),
+    "slope, a small map": BiasKind("dat", size=(14, 14), keys=70, table=(27, 27), reach=2.5),
 }
 
 # Queries a side, channels, heads and groups of DAT++ at 224 pixels, where there are 7 x 7 keys.

@@ -82,6 +82,7 @@ ON_SMALL_MAPS = {
     "size": ((14, 14), (7, 7), (13, 15), (5, 9), (1, 4)),
     "keys": (2, 16, 70, 136, 196, 260),
     "head_dim": (17, 20, 32),
+    "reach": (0.95, 2.5),
     "deterministic": (False,),
 }
 ATTENTION_CASES = [
