@@ -21,7 +21,7 @@ def test_without_a_gpu(few, monkeypatch, capsys):
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "torch finds no GPU: the CUDA kernels were not checked, and nothing was timed" in said
-    assert "deform_attention  bfloat16  8       0" in said and "is right" in said
+    assert "deform_attention  bfloat16  9       0" in said and "is right" in said
 
 
 def test_wrong_numbers(few, monkeypatch, capsys):
