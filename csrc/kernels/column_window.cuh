@@ -1,5 +1,5 @@
-// The bias table as the backward of small maps sees it (column_walk.cuh): a window that holds all
-// of it, and what a lane has of a key on its way down the columns of the map.
+// The bias table as the backward of small maps sees it (column_walk.cuh): one window for all
+// queries, and what a lane has of a key on its way down the columns of the map.
 #pragma once
 
 #include "key_unit.cuh"
