@@ -167,6 +167,12 @@ def emulated(race_seed: int | None = None, device: str = "a100"):
         yield
 
 
+def environment() -> dict[str, str]:
+    """For a process that finds the emulator, and what this one finds."""
+    paths = (str(PTXEMU_HOME), os.environ.get("PYTHONPATH"))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def main() -> int:
     if reason := unavailable():
         sys.exit(f"the emulated tests cannot run: {reason}")
@@ -174,7 +180,7 @@ def main() -> int:
     pytest_command = Path(sys.executable).with_name("pytest")
     return subprocess.call(
         [sys.executable, "-m", "ptxemu", "exec", pytest_command, "-k", "emulated", *sys.argv[1:]],
-        env=os.environ | {"PYTHONPATH": str(PTXEMU_HOME), "DAT_REQUIRE_EMULATED": "1"},
+        env=environment() | {"DAT_REQUIRE_EMULATED": "1"},
     )
 
 

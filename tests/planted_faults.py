@@ -11,7 +11,6 @@ exits with 1 if any fault goes unnoticed.
 
 import functools
 import itertools
-import os
 import re
 import shutil
 import subprocess
@@ -141,7 +140,7 @@ def noticed(library: Path) -> str | None:
     """What goes wrong with this library, in one line."""
     run = subprocess.run(
         [sys.executable, "-m", "ptxemu", "exec", sys.executable, __file__, "--run", library],
-        env=os.environ | {"PYTHONPATH": str(emulated.PTXEMU_HOME)},
+        env=emulated.environment(),
         capture_output=True,
         text=True,
     )

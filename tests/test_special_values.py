@@ -125,7 +125,7 @@ def test_attention_far_away_among_many_keys(backend, far, key):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_infinite_table_values_stay_near(backend, version):
-    """As far as the documentation says: seven rows from the queries that the formula has it for."""
+    """As far as the documentation says: where the formula has it, on CUDA up to seven rows on."""
     size = (24, 6)
     given = attention_inputs(queries=size, table=(47, 11))
     given["rpe_table"][1, 20, 5] = -INF
@@ -133,7 +133,8 @@ def test_infinite_table_values_stay_near(backend, version):
     want = reference.deform_attention(**given, heads=4, version=version)
     bias = reference._table_bias(given["rpe_table"], given["pos"], *size, version)
     reached = (~torch.isfinite(bias)).any(-1).unflatten(2, size).float()
-    near = torch.nn.functional.max_pool2d(reached, (15, 1), 1, (7, 0)).bool()
+    rows = 7 if backend in ("cuda", "emulated") else 0
+    near = torch.nn.functional.max_pool2d(reached, (2 * rows + 1, 1), 1, (rows, 0)).bool()
     near = near.repeat_interleave(out.shape[1] // 4, 1)
     assert 0 < near.sum() < near.numel()
     assert_close(out[~near], want[~near])

@@ -11,12 +11,6 @@
 
 namespace dat::cpu::DAT_SIMD {
 
-// Whether `count` lattice points drift by less than a cell against as many cells.
-template <class T>
-DAT_INLINE bool is_band(const TableAxis<T>& axis, int64_t count) {
-  return axis.slope <= 1 && T(count - 1) * (1 - axis.slope) < T(0.99);
-}
-
 // Whether none of the points is so far outside that its cell is a bounded one (cell_of). NaN is.
 template <class T>
 DAT_INLINE bool within_reach(const TableAxis<T>& axis, int64_t first, int64_t count, T pos) {
@@ -26,7 +20,7 @@ DAT_INLINE bool within_reach(const TableAxis<T>& axis, int64_t first, int64_t co
 
 template <class T>
 DAT_INLINE bool is_band(const PaddedTable<T>& table, const Tile& tile) {
-  return is_band(table.y, tile.rows) && is_band(table.x, std::min(tile.columns, kLanes<T>));
+  return table.y.stays_near(tile.rows) && table.x.stays_near(std::min(tile.columns, kLanes<T>));
 }
 
 template <class T>

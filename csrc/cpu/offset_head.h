@@ -13,8 +13,6 @@
 
 namespace dat::cpu::DAT_SIMD {
 
-constexpr double kInverseRootTwoPi = 0.39894228040143267794;
-
 // Cumulative and density of the normal distribution.
 template <class T>
 struct Normal {

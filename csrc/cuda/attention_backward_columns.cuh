@@ -15,11 +15,6 @@ inline int64_t grad_q_parts(const AttentionProblem& problem, const Plan& plan) {
                           problem.channels * plan.rows * plan.columns;
 }
 
-// Whether query i is never further than a cell from the first one's cell + i.
-inline bool stays_near(const TableAxis<double>& axis, int64_t queries) {
-  return axis.slope <= 1 && (1 - axis.slope) * double(queries - 1) < 1 - 0x1p-8;
-}
-
 // Of `blocks` that share an (image, head).
 inline Plan plan_backward_columns(const AttentionProblem& problem, const AttentionBackward& p,
                                   int blocks) {
@@ -84,7 +79,7 @@ inline bool plan_backward_columns(Plan& plan, const AttentionProblem& problem,
   return found && plan.key_vec != 1 && plan.window_rows <= ColumnWindow::kRows &&
          plan.window_columns <= ColumnWindow::kMostColumns &&
          grad_q_parts(problem, plan) * int64_t(sizeof(float)) <= kMostPartBytes &&
-         stays_near(plan.y, shape.height) && stays_near(plan.x, shape.width);
+         plan.y.stays_near(shape.height) && plan.x.stays_near(shape.width);
 }
 
 }  // namespace dat::cuda

@@ -130,7 +130,8 @@ __global__ void __launch_bounds__(Columns<T>::kMostTiles* kWarp)
       window.load(static_cast<const float*>(table.data));
     bool far = false;
     for (int n = threadIdx.x; n < plan.key_stage; n += blockDim.x)
-      far |= window.stage_key(n, n < keys ? key_pos(in, plan, place, n) : nullptr);
+      far |= window.stage_key(
+          n, n < keys ? key_pos<float>(in, plan, place.at, place.first_key + n) : nullptr);
     wait_for_copies<0>();
     far = __syncthreads_or(far);
     starts.template make_delta<E>(grads, grad_out);

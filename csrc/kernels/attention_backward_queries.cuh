@@ -38,15 +38,11 @@ __device__ void row_sums(typename E::Acc* rows, typename E::Acc* delta,
   rows[slot] = sum;
 }
 
-// Gradient of the dense bias; added up where the bias is broadcast.
 template <class E>
 __device__ void store_grad_bias(const typename E::Scores& grad, const AttentionBackward& p,
                                 const BlockPlace& at, UnitPlace unit, int key) {
-  using A = typename E::Acc;
   const AttentionShape& shape = p.in.shape;
-  const bool alone =
-      (p.grad_bias_batch || shape.batch == 1) && (p.grad_bias_head || shape.heads == 1);
-  A* all = static_cast<A*>(p.grad_bias) + at.batch * p.grad_bias_batch + at.head * p.grad_bias_head;
+  const BiasGradient<typename E::Acc> to(p, at);
   const int column = at.origin.column + unit.column + E::g();
 #pragma unroll
   for (int r = 0; r < kUnitRows; ++r) {
@@ -55,11 +51,7 @@ __device__ void store_grad_bias(const typename E::Scores& grad, const AttentionB
     for (int i = 0; i < E::kTiles * 2; ++i) {
       const int n = key + i / 2 * 8 + 2 * E::t() + i % 2;
       if (row >= shape.height || column >= shape.width || n >= shape.keys) continue;
-      A* to = all + (int64_t(row) * shape.width + column) * shape.keys + n;
-      if (alone)
-        *to = grad[0][r][i / 2][i % 2];
-      else
-        atomicAdd(to, grad[0][r][i / 2][i % 2]);
+      to.add(int64_t(row) * shape.width + column, n, grad[0][r][i / 2][i % 2]);
     }
   }
 }

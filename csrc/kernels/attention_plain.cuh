@@ -182,20 +182,12 @@ __global__ void __launch_bounds__(kPlainWarps* kWarp)
   const A lse = static_cast<const A*>(p.lse)[index];
   const A delta = pairs.query(p.out, m).product(pairs.query(p.grad_out, m), pairs.head_dim);
   if (lane == 0) all_delta[index] = delta;
-  const bool alone =
-      (p.grad_bias_batch || shape.batch == 1) && (p.grad_bias_head || shape.heads == 1);
+  const BiasGradient<A> grad_bias(p, at);
   ChannelSums<A> sums;
   each_run(shape.keys, [&](int64_t first, int count) {
     const int n = int(first) + lane;
     const A grad = lane < count ? pairs.gradient(p, m, n, lse, delta).score : A(0);
-    if (p.grad_bias && lane < count) {
-      A* to = static_cast<A*>(p.grad_bias) + at.batch * p.grad_bias_batch +
-              at.head * p.grad_bias_head + m * shape.keys + n;
-      if (alone)
-        *to = grad;
-      else
-        atomicAdd(to, grad);
-    }
+    if (p.grad_bias && lane < count) grad_bias.add(m, n, grad);
     sums.add(grad, count, pairs.head_dim, [&](int j) { return pairs.key(p.in.k, int(first) + j); });
   });
   sums.template store<T>(p.grad_q.data, at, pairs.head_dim, queries, m, A(shape.scale));

@@ -44,6 +44,15 @@ __device__ const T* head_data(const MapView& view, const AttentionShape& shape,
          at.head * shape.head_dim * view.channel;
 }
 
+// pos [2] of a key, in the group of the block's head.
+template <class A>
+__device__ const A* key_pos(const AttentionInputs& in, const Plan& plan, const BlockPlace& at,
+                            int key) {
+  const int group = at.head / plan.group_heads;
+  return static_cast<const A*>(in.pos) +
+         ((at.batch * in.shape.groups + group) * in.shape.keys + key) * 2;
+}
+
 template <class T>
 __device__ KeyLists<T> key_lists(const AttentionInputs& in, const BlockPlace& at) {
   return {head_data<T>(in.k, in.shape, at), head_data<T>(in.v, in.shape, at)};
@@ -107,12 +116,7 @@ struct Scorer {
 
   // Made where they are used: kept, they would cost registers in the loop over keys.
   __device__ WholeTable<A> table() const { return {in, plan, int(opaque(at.head))}; }
-  __device__ const A* pos(int key) const {  // [2], of this head's group
-    const AttentionShape& shape = in.shape;
-    const int group = at.head / plan.group_heads;
-    return static_cast<const A*>(in.pos) +
-           ((at.batch * shape.groups + group) * shape.keys + key) * 2;
-  }
+  __device__ const A* pos(int key) const { return key_pos<A>(in, plan, at, key); }
 
   __device__ void load() const {
     if constexpr (kBias != Bias::direct) {
@@ -170,6 +174,28 @@ struct Scorer {
   // From products q k to the exponent of 2, and back.
   __device__ A factor() const { return sizeof(A) == 8 ? plan.factor : plan.narrow_factor; }
   __device__ A inverse_factor() const { return A(plan.inverse_factor); }
+};
+
+// Where the gradient of the dense bias goes; added up where the bias is broadcast.
+template <class A>
+struct BiasGradient {
+  A* data;  // [M, N]
+  int64_t keys;
+  bool alone;
+
+  __device__ BiasGradient(const AttentionBackward& p, const BlockPlace& at)
+      : data(static_cast<A*>(p.grad_bias) + at.batch * p.grad_bias_batch +
+             at.head * p.grad_bias_head),
+        keys(p.in.shape.keys),
+        alone((p.grad_bias_batch || p.in.shape.batch == 1) &&
+              (p.grad_bias_head || p.in.shape.heads == 1)) {}
+  __device__ void add(int64_t query, int key, A value) const {
+    A* to = data + query * keys + key;
+    if (alone)
+      *to = value;
+    else
+      atomicAdd(to, value);
+  }
 };
 
 // Which weights dropout keeps: counter-based, see math/random.h.

@@ -201,7 +201,8 @@ struct ColumnWalk {
     const float* pos;
   };
   __device__ FarPlace far_place(int n) const {
-    return {{p.in, plan, int(opaque(place.at.head))}, key_pos(p.in, plan, place, n)};
+    return {{p.in, plan, int(opaque(place.at.head))},
+            key_pos<float>(p.in, plan, place.at, place.first_key + n)};
   }
 };
 

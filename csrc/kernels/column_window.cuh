@@ -17,15 +17,6 @@ struct Columns : Mma<T, 32> {
   __device__ static int key_pitch(const Plan&) { return kKeyPitch; }
 };
 
-// pos [2] of a block's key, in the group of its head.
-__device__ inline const float* key_pos(const AttentionInputs& in, const Plan& plan,
-                                       const KeyPlace& place, int n) {
-  const AttentionShape& shape = in.shape;
-  const int group = place.at.head / plan.group_heads;
-  return static_cast<const float*>(in.pos) +
-         ((place.at.batch * shape.groups + group) * shape.keys + place.first_key + n) * 2;
-}
-
 // The window, values times log2(e), and after it one for gradients, in shared memory. To the right
 // of what keys near the map meet are columns where all is 0, for keys that are far away (Scorer),
 // and others that leave no weight, for those that do not exist.

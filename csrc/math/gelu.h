@@ -6,6 +6,9 @@
 namespace dat {
 inline namespace DAT_SIMD {
 
+// The density is this times e^(-x^2 / 2).
+constexpr double kInverseRootTwoPi = 0.39894228040143267794;
+
 // cdf(-a) e^(a^2 / 2) for a >= 0, for scalars and vectors V of float: a polynomial in
 // 1 / (1 + kMillsStep a), minimax in relative error (1.5e-7) up to a = 14, where the tail leaves
 // float's range.

@@ -83,6 +83,11 @@ struct TableAxis {
   int64_t size;
 
   DAT_HD T shift(T pos) const { return std::isinf(pos) ? -pos : origin - quarter * pos; }
+  // Whether `count` points drift by less than a cell against as many cells, rounding included:
+  // point i is then between cells i - 1 and i, or i and i + 1, counted from point 0's.
+  DAT_HD bool stays_near(int64_t count) const {
+    return slope <= 1 && (1 - slope) * T(count - 1) < T(1 - 0x1p-8);
+  }
 };
 
 template <class T>
