@@ -1,7 +1,7 @@
 """The CUDA kernels' machine code and traffic, held to kernel_budget.json; needs no GPU.
 
 Static part: registers, spills, shared memory and instruction mix of every kernel that nvcc makes
-for sm_80, sm_90 and sm_120, and how many blocks of the DAT++ cases a multiprocessor holds.
+for sm_80, sm_90 and sm_120, and how many blocks of the 224-pixel cases a multiprocessor holds.
 Emulated part: the attention's cases on the emulated device, counted: bytes over compulsory bytes,
 sectors a request, bank conflicts, instructions for 32 pairs of query and key, and for each resource
 the time that it takes at least over the floor (traffic.py).
@@ -40,6 +40,8 @@ BARS = {
     "datpp_s_4 bfloat16 backward": {"h100": 3},
     "dat_t_3 bfloat16 backward": {"h100": 3},
 }
+# Blocks that a multiprocessor of these must hold.
+RESIDENT = {"80": 2, "90": 2}
 # Devices of the emulator that share their limits: sm_120 has as much shared memory as an RTX 4090.
 DEVICES = {"80": "a100", "90": "h100", "120": "rtx4090"}
 ROOM = 1.02  # of ratios over what was measured: other torch releases draw other positions
@@ -54,8 +56,9 @@ def table(rows: Iterable[Iterable[object]]) -> str:
     )
 
 
-def static(pattern: str, architectures: list[str]) -> Budget:
-    """Prints the machine code's figures and returns those that have a budget."""
+def static(pattern: str, architectures: list[str]) -> tuple[Budget, list[tuple]]:
+    """Prints the machine code's figures and returns those that have a budget, and what `residency`
+    does."""
     kernels = machine_code.kernels(pattern, architectures)
     kernels.sort(key=lambda kernel: (kernel.label, int(kernel.architecture)))
     rows = [("kernel", "sm", "registers", "spills", "shared", *KINDS)]
@@ -68,18 +71,19 @@ def static(pattern: str, architectures: list[str]) -> Budget:
     print(table(rows))
     if reason := machine_code.missing_disassembler():
         print(reason)
-    residency(kernels)
-    return found
+    return found, residency(kernels)
 
 
-def residency(kernels: list[machine_code.Kernel]) -> None:
-    """Prints what a multiprocessor holds of the DAT++ cases, whose launches the emulator knows."""
+def residency(kernels: list[machine_code.Kernel]) -> list[tuple]:
+    """Prints what a multiprocessor holds of the 224-pixel cases, whose launches the emulator knows,
+    and returns rows of what it holds too few of."""
     if reason := traffic.unavailable():
         print(f"blocks on a multiprocessor: {reason}")
-        return
+        return []
+    too_few = []
     rows = [("case", "kernel", "sm", "blocks", "threads", "registers", "shared", "held", "warps")]
     compiled = {(kernel.label, kernel.architecture): kernel for kernel in kernels}
-    for name in (name for name in traffic.NAMES if name.startswith("datpp")):
+    for name in (name for name in traffic.NAMES if not name.startswith("det")):
         for architecture, device in DEVICES.items():
             for part in traffic.measure(name, "bfloat16", device, counted=False):
                 for launch in part.launches:
@@ -88,6 +92,10 @@ def residency(kernels: list[machine_code.Kernel]) -> None:
                         continue
                     threads, shared = math.prod(launch.block), launch.smem
                     held = kernel.blocks_at_once(threads, shared)
+                    least = RESIDENT.get(architecture, 1)
+                    if held < least:
+                        label = f"{name} {kernel.label} sm_{architecture} blocks held"
+                        too_few.append((label, held, f"at least {least}"))
                     numbers = (math.prod(launch.grid), threads, kernel.registers)
                     rows.append(
                         (
@@ -96,6 +104,7 @@ def residency(kernels: list[machine_code.Kernel]) -> None:
                         )
                     )  # fmt: skip
     print("\n" + table(rows))
+    return too_few
 
 
 def emulated(cases: list[str]) -> Budget:
@@ -188,8 +197,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"the {part} part cannot run: {reason}")
             return 1
     wrong = []
+    rows: list[tuple] = []
     if "static" in wanted:
-        found["kernels"] = static(options.files, options.arch)
+        found["kernels"], rows = static(options.files, options.arch)
     if "emulated" in wanted:
         found["cases"] = emulated(options.cases)
         wrong += traffic.emulator_faults()
@@ -199,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.check:
         if load()["compiler"] != compiler():
             print(f"\nthe budget is of {load()['compiler']}, these figures of {compiler()}")
-        rows = exceeded(found["cases"], BARS, "bar")
+        rows += exceeded(found["cases"], BARS, "bar")
         for part, measured in found.items():
             rows += exceeded(measured, load()[part])
         wrong += [table([("exceeded", "measured", "limit"), *rows])] if rows else []

@@ -84,13 +84,19 @@ FAULTS = {
     ),
     "backward: the walk does not wait": (
         "csrc/kernels/attention_backward_columns.cuh",
-        "make_delta<E>(grads, grad_out);\n    __syncthreads();",
-        "make_delta<E>(grads, grad_out);",
+        "window, far, k, v);\n    __syncthreads();",
+        "window, far, k, v);",
     ),
     "backward: the walk is not waited for": (
         "csrc/kernels/attention_backward_columns.cuh",
-        "__syncthreads();\n    window.flush",
-        "window.flush",
+        "const bool last = __syncthreads_or(threadIdx.x == 0 && grad_q.arrives_last());",
+        "if (threadIdx.x == 0) *starts.start = grad_q.arrives_last();\n"
+        "    const bool last = *starts.start;",
+    ),
+    "backward: a part is not waited for": (
+        "csrc/kernels/attention_backward_columns.cuh",
+        "    __syncthreads();\n    if (!last",
+        "    if (!last",
     ),
     "backward: a window's bound is off": (
         "csrc/kernels/column_window.cuh",

@@ -36,6 +36,28 @@ def test_it_raises_what_it_finds(device):
             sample()
 
 
+def test_any_block_may_be_the_last(device):
+    """Blocks of one (image, head) run at the same time, and the last of them sums what all have:
+    the same bits every time."""
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(*shape).bfloat16().requires_grad_()
+        for shape in ((1, 64, 14, 14), (1, 64, 196), (1, 64, 196))
+    )
+    pos, table = torch.rand(1, 1, 196, 2).mul(2).sub(1).requires_grad_(), torch.randn(2, 27, 27)
+
+    def gradients(threads):
+        device.set("threads", threads)
+        out = dat_cuda.deform_attention(q, k, v, pos, table, heads=2, version="dat")
+        return torch.autograd.grad(out.square().sum(), (q, k, v, pos))
+
+    right = gradients(1)
+    assert "columns" in device.launches()[-1].kernel
+    for _ in range(5):
+        for grad, expected in zip(gradients(4), right, strict=True):
+            torch.testing.assert_close(grad, expected, rtol=0, atol=0)
+
+
 # Of the operators' cases those in half precision, whose kernels are others before 8.0, and a few in
 # float32; small ones, for CUDA cores are emulated slowly.
 EARLY_CASES = [

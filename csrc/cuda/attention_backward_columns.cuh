@@ -47,8 +47,9 @@ inline Plan plan_backward_columns(const AttentionProblem& problem, const Attenti
   plan.at_q = layout.take(tile);
   plan.at_grad_out = layout.take(tile);
   plan.at_k = layout.take(keys);
-  plan.at_v = layout.take(keys);
-  plan.at_grads = layout.take(std::max(tile, plan.key_stage * E::kQueryPitch * sizeof(__half)));
+  plan.at_grads =
+      layout.take(std::max(tile + keys, plan.key_stage * E::kQueryPitch * sizeof(__half)));
+  plan.at_v = plan.at_grads + int(tile);  // both give way to gradients
   plan.at_rows = layout.take(2 * plan.rows * plan.columns * sizeof(float));
   plan.at_window = layout.take(round_up(2 * ColumnWindow::kSize, 4) * sizeof(float));
   plan.at_keys = layout.take(plan.key_stage * sizeof(ColumnWindow::Key));
@@ -68,15 +69,14 @@ inline bool plan_backward_columns(Plan& plan, const AttentionProblem& problem,
       shape.keys % 2)
     return false;
   const int tiles = int(divide_up<int64_t>(shape.keys, kKeysOfWarp));
-  bool found = false, idle = true;
-  for (int blocks = divide_up(tiles, E::kMostTiles); blocks <= std::min(tiles, kMostParts) && idle;
-       ++blocks) {
-    const Plan next = plan_backward_columns(problem, p, blocks);
-    if (next.shared > device.shared_per_block) continue;
-    plan = next, found = true;
-    idle = blocks * shape.batch * shape.heads < device.multiprocessors;
-  }
-  return found && plan.key_vec != 1 && plan.window_rows <= ColumnWindow::kRows &&
+  int blocks = divide_up(tiles, E::kMostTiles);
+  if (blocks > kMostParts) return false;
+  while (blocks * shape.batch * shape.heads < device.multiprocessors &&
+         blocks < std::min(tiles, kMostParts))
+    ++blocks;
+  plan = plan_backward_columns(problem, p, blocks);
+  return plan.shared <= device.shared_per_block && plan.key_vec != 1 &&
+         plan.window_rows <= ColumnWindow::kRows &&
          plan.window_columns <= ColumnWindow::kMostColumns &&
          grad_q_parts(problem, plan) * int64_t(sizeof(float)) <= kMostPartBytes &&
          plan.y.stays_near(shape.height) && plan.x.stays_near(shape.width);

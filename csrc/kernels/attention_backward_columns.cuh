@@ -1,17 +1,16 @@
 // deform_attention, backward of small maps: all gradients in one pass, with a bias table of slopes
 // near 1 (version "dat" at training resolution).
 //
-// A block owns up to 128 keys of one (image, head), 16 for each warp, and all queries. A warp walks
+// A block owns up to 64 keys of one (image, head), 16 for each warp, and all queries. A warp walks
 // down the rows of the map (column_walk.cuh); grad_k, grad_v and grad_pos stay in its registers and
 // are its own in the end. The scores' gradients of all queries meet in shared memory, and each warp
-// multiplies those of whole rows with k: grad_q, or the block's part of it in global memory, in
-// float32; the last of the blocks that share an (image, head) sums the parts in a fixed order.
+// multiplies those of whole rows with k, for grad_q (column_grad_q.cuh).
 //
-// Barriers: with the window empty, with tiles and keys there, with delta, behind the walk, two for
-// grad_q; three to see who is the last.
+// Barriers: with the window empty, with tiles and keys there, with delta, behind the walk, with all
+// results there.
 #pragma once
 
-#include "attention_backward_keys.cuh"
+#include "column_grad_q.cuh"
 #include "column_walk.cuh"
 
 namespace dat::cuda {
@@ -45,60 +44,23 @@ struct ProductStarts {
   }
 };
 
-// grad_q [channel][slot] of the block's keys, without its scale where it is a part, from grads
-// [key][slot].
-template <class E, class To>
-__device__ void column_grad_q(To* to, const typename E::Shared* k, const typename E::Shared* grads,
-                              int rows, int tiles, float scale) {
-  using T = typename E::Shared;
-  constexpr bool kPart = sizeof(To) > 2;
-  constexpr int kPitch = kPart ? E::kSlots : E::kQueryPitch, kRun = 3;
-  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  // A warp takes runs of rows, so that it reads k once for them.
-  for (int first = threadIdx.x / kWarp; first < rows; first += warps * kRun) {
-    unsigned at_k = shared_address(k + lane % 16 * E::kKeyPitch + lane / 16 * 8);
-    unsigned at_grads = shared_address(grads + lane % 16 * E::kQueryPitch + lane / 16 * 8);
-    float sums[kRun][2][2][4] = {};
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      unsigned a[2][4];
-      load_matrices<false>(a[0], at_k);
-      load_matrices<false, 16 * E::kKeyPitch* int(sizeof(T))>(a[1], at_k);
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        const int row = first + i * warps;
-        if (row >= rows) continue;
-        unsigned b[4];
-        load_matrices<true>(b, at_grads + row * E::kWidth * int(sizeof(T)));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float (&c)[4] = sums[i][j / 2][j % 2];
-          mma<T>(c[0], c[1], c[2], c[3], a[j / 2], b[j % 2 * 2], b[j % 2 * 2 + 1]);
-        }
-      }
-      at_k += 16 * int(sizeof(T)), at_grads += 16 * E::kQueryPitch * int(sizeof(T));
-    }
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int row = first + i * warps;
-      if (row >= rows) continue;
-      To* own = to + E::g() * kPitch + 2 * E::t() + row * E::kWidth;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float (&sum)[4] = sums[i][j / 4][j / 2 % 2];
-        const float left = sum[j % 2 * 2], right = sum[j % 2 * 2 + 1];
-        To* at = own + (j / 4 * 16 + j % 2 * 8) * kPitch + j / 2 % 2 * 8;
-        if constexpr (kPart)
-          __stcg(reinterpret_cast<float2*>(at), make_float2(left, right));
-        else
-          *reinterpret_cast<unsigned*>(at) = pack<T>(left * scale, right * scale);
-      }
-    }
-  }
+// Lists [channel][key] of the block's keys -> [head_dim][N] from its first key on; N is even.
+template <class E, class T>
+__device__ void store_lists(T* grad_k, T* grad_v, const T* lists_k, const T* lists_v,
+                            const AttentionShape& shape, int count) {
+  const int n = threadIdx.x % kWarp * 2, keys = int(shape.keys);
+  if (n >= count) return;
+  each_channel<E::kChannels>(
+      int(threadIdx.x / kWarp), int(blockDim.x / kWarp), int(shape.head_dim),
+      [&](const T* from, T* to, bool exists) {
+        if (exists) *reinterpret_cast<unsigned*>(to) = *reinterpret_cast<const unsigned*>(from);
+      },
+      Channels<const T, T>{lists_k + n, E::kKeyPitch, grad_k + n, keys},
+      Channels<const T, T>{lists_v + n, E::kKeyPitch, grad_v + n, keys});
 }
 
 template <class T>
-__global__ void __launch_bounds__(Columns<T>::kMostTiles* kWarp)
+__global__ void __launch_bounds__(Columns<T>::kMostTiles* kWarp, 2)
     attention_backward_columns_kernel(const __grid_constant__ AttentionBackward p,
                                       const __grid_constant__ Plan plan,
                                       const __grid_constant__ BackwardScratch scratch) {
@@ -135,32 +97,35 @@ __global__ void __launch_bounds__(Columns<T>::kMostTiles* kWarp)
     wait_for_copies<0>();
     far = __syncthreads_or(far);
     starts.template make_delta<E>(grads, grad_out);
+    const int64_t head = place.at.batch_head, first = head * shape.keys + place.first_key;
+    ColumnWalk<T> walk(p, plan, place, window, far, k, v);
     __syncthreads();
 
-    const int64_t head = place.at.batch_head;
-    if (threadIdx.x / kWarp * kKeysOfWarp < keys) {
-      ColumnWalk<T> walk(p, plan, place, window, far, k, v);
-      walk.run(q, grad_out, starts.start, grads,
-               static_cast<float*>(p.grad_pos) + (head * shape.keys + place.first_key) * 2);
-      const int64_t first = head * shape.head_dim * shape.keys + place.first_key;
-      walk.store(static_cast<T*>(p.grad_k.data) + first, walk.grad_k, float(shape.scale));
-      walk.store(static_cast<T*>(p.grad_v.data) + first, walk.grad_v, 1);
-    }
-    __syncthreads();
-    window.flush(static_cast<float*>(p.grad_table) + place.at.head * shape.table_h * shape.table_w);
+    const ColumnGradQ<T> grad_q(shape, scratch, plan, place);
     const int tiles = divide_up(keys, kKeysOfWarp);
-    const QueryGradients<E> queries{p, plan,     place, static_cast<float*>(scratch.grad_q),
-                                    q, grad_out, grads};
-    if (!scratch.grad_q) {
-      column_grad_q<E>(q, k, grads, int(shape.height), tiles, float(shape.scale));
-      queries.store_tile(TileOrigin{});
-    } else {
-      column_grad_q<E>(queries.part_of(place.first_key / plan.key_stage, 0), k, grads,
-                       int(shape.height), tiles, float(shape.scale));
-      if (arrives_last(scratch.grad_q_arrivals + head, KeyPlace::key_tiles(shape, plan),
-                       reinterpret_cast<int*>(shared + plan.at_rows)))
-        queries.sum_grad_q();
+    const bool walks = int(threadIdx.x / kWarp) < tiles;
+    if (walks)
+      walk.run(q, grad_out, starts.start, grads, static_cast<float*>(p.grad_pos) + first * 2);
+    const bool last = __syncthreads_or(threadIdx.x == 0 && grad_q.arrives_last());
+    // The tiles' memory is free now.
+    T *lists_k = grad_out, *lists_v = lists_k + E::kChannels * E::kKeyPitch;
+    if (walks) {
+      walk.keep(lists_k, walk.grad_k, float(shape.scale));
+      walk.keep(lists_v, walk.grad_v, 1);
     }
+    if (last)
+      grad_q.sum_to(q, k, grads, tiles);
+    else
+      grad_q.store_part(k, grads, tiles);
+    __syncthreads();
+    if (!last && threadIdx.x == 0) grad_q.stored();
+    window.flush(static_cast<float*>(p.grad_table) + place.at.head * shape.table_h * shape.table_w);
+    const int64_t lists = head * shape.head_dim * shape.keys + place.first_key;
+    store_lists<E>(static_cast<T*>(p.grad_k.data) + lists, static_cast<T*>(p.grad_v.data) + lists,
+                   lists_k, lists_v, shape, keys);
+    if (last)
+      store_queries<E>(static_cast<T*>(p.grad_q.data) + head * shape.head_dim * shape.queries(), q,
+                       shape, plan, TileOrigin{}, plan.out_vec);
   }
 }
 

@@ -199,7 +199,7 @@ struct QueryGradients {
       const A* first = part_of(0, tile);
       for (int i = threadIdx.x * 4; i < slots() * E::kChannels; i += blockDim.x * 4) {
         const int slot = i % slots();
-        const auto [row, column] = place_of<E::kWholeRows>(plan, origin, slot);
+        const auto [row, column] = place_of(plan, origin, slot);
         if (row >= shape.height || column >= shape.width) continue;
         Vec<A, 4> sum{};
         const A* part = first + i;

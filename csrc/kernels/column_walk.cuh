@@ -146,19 +146,16 @@ struct ColumnWalk {
     }
   }
 
-  // [head_dim][N] from the block's first key on; N is even.
-  __device__ void store(T* to, const float (&sums)[2][2][4], float scale) const {
-    const int keys = int(p.in.shape.keys), n = key + 2 * E::t();
-    const int left = keys - place.first_key - n, channels = int(p.in.shape.head_dim) - E::g();
-    to += E::g() * keys + n;
+  // Sums as a list [channel][key].
+  __device__ void keep(T* list, const float (&sums)[2][2][4], float scale) const {
+    T* to = list + E::g() * E::kKeyPitch + key + 2 * E::t();
 #pragma unroll
-    for (int c = 0; c < 4; ++c, to += 8 * keys)
+    for (int c = 0; c < 4; ++c, to += 8 * E::kKeyPitch)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float (&sum)[4] = sums[c / 2][i];
-        if (8 * c < channels && 8 * i < left)
-          *reinterpret_cast<unsigned*>(to + 8 * i) =
-              pack<T>(sum[c % 2 * 2] * scale, sum[c % 2 * 2 + 1] * scale);
+        *reinterpret_cast<unsigned*>(to + 8 * i) =
+            pack<T>(sum[c % 2 * 2] * scale, sum[c % 2 * 2 + 1] * scale);
       }
   }
 

@@ -11,18 +11,18 @@ template <class T>
 struct Columns : Mma<T, 32> {
   static constexpr bool kWholeRows = true;
   static constexpr int kRows = 14, kWidth = 16, kSlots = kRows * kWidth;
-  static constexpr int kMostTiles = 8;  // of 16 keys, a warp each: registers for no more
+  // Of 16 keys, a warp each: registers for two such blocks a multiprocessor.
+  static constexpr int kMostTiles = 4;
   static constexpr int kQueryPitch = kSlots + 8, kKeyPitch = kMostTiles * 16 + 8;
   __device__ static int query_pitch(const Plan&) { return kQueryPitch; }
   __device__ static int key_pitch(const Plan&) { return kKeyPitch; }
 };
 
 // The window, values times log2(e), and after it one for gradients, in shared memory. To the right
-// of what keys near the map meet are columns where all is 0, for keys that are far away (Scorer),
-// and others that leave no weight, for those that do not exist.
+// of what keys near the map meet are columns that leave no weight, for keys that do not exist; in
+// the second window columns where all is 0, for keys that are far away (Scorer).
 struct ColumnWindow {
-  static constexpr int kPads = 5, kRows = 39, kPitch = 53;
-  static constexpr int kAbsent = kPitch - kPads, kFar = kAbsent - kPads, kMostColumns = kFar;
+  static constexpr int kPads = 5, kRows = 39, kPitch = 49, kMostColumns = kPitch - kPads;
   static constexpr int kSize = kRows * kPitch;
   enum class Kind : int { near, far, absent };
   struct alignas(16) Key {
@@ -64,7 +64,7 @@ struct ColumnWindow {
   __device__ void load(const T* table) const {
     each_cell([&](float* cell, int i) { *cell = to_acc(table[i]) * float(kLog2e); });
     for (int i = threadIdx.x; i < kRows * kPads; i += blockDim.x)
-      cells[i / kPads * kPitch + kAbsent + i % kPads] = -1e30f;
+      cells[i / kPads * kPitch + kMostColumns + i % kPads] = -1e30f;
   }
 
   __device__ void flush(float* table) const {
@@ -76,7 +76,7 @@ struct ColumnWindow {
   // pos: of the key, or null. Returns whether it is far.
   __device__ bool stage_key(int n, const float* pos) const {
     if (!pos) {
-      keys[n] = {float(kAbsent), 0, 0, Kind::absent};
+      keys[n] = {float(kMostColumns), 0, 0, Kind::absent};
       return false;
     }
     const float y = plan.narrow_y.shift(pos[0]) - float(start_y);
@@ -84,8 +84,8 @@ struct ColumnWindow {
     // Written so that NaN is far.
     const bool near = y >= 0 && x >= 0 && y < plan.near_y && x < plan.near_x;
     const float row = floorf(y);
-    keys[n] =
-        near ? Key{x, y - row, int(row) * kPitch, Kind::near} : Key{float(kFar), 0, 0, Kind::far};
+    keys[n] = near ? Key{x, y - row, int(row) * kPitch, Kind::near}
+                   : Key{float(kMostColumns), 0, kSize, Kind::far};
     return !near;
   }
   __device__ bool is_far(int n) const { return keys[n].kind == Kind::far; }

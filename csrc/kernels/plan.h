@@ -30,7 +30,7 @@ constexpr int kMaxKeys = 64;
 // Where the pass over keys gives grad_q as well, each tile of keys has a part of it in global
 // memory: so many parts and bytes at most.
 constexpr int kMostParts = 4;
-constexpr int64_t kMostPartBytes = int64_t(1) << 28;
+constexpr int64_t kMostPartBytes = int64_t(1) << 29;
 
 // Whether the pass over keys can give grad_q: of long heads, its sums do not fit in registers
 // beside those of keys.
@@ -51,7 +51,7 @@ struct Plan {
   int down, across;   // tiles of the map
   int tiles_down;     // tiles that a block takes, one below the other
   int splits;         // backward over keys: blocks that share the queries of a key
-  int key_stage;      // keys in shared memory at a time: 16, 32 or 64
+  int key_stage;      // keys in shared memory at a time: 16, 32 or 64; for small maps also 48
   int query_pitch;    // values between channels in shared memory
   int key_pitch;      //   "
   int buffers;        // for keys, 1 or 2
@@ -101,9 +101,10 @@ struct BackwardScratch {
   void *grad_k, *grad_v;  // [splits, B, C, N], or null: one split writes the result
   void* grad_pos;         // [splits, B, h, N, 2], or null: as above
   int* arrivals;          // [B, h, tiles of keys] zeroed: blocks of a split that are done, or null
-  void* grad_q;           // [tiles of keys, B, h, splits, tiles_down, channels, slots], or null
-  int* grad_q_arrivals;  // [B, h, splits] zeroed: blocks of the same queries that are done, or null
-  void* grad_table;      // deterministic: [blocks of a head, B, h, Th, Tw] zeroed, else null
+  void* grad_q;           // [tiles of keys, B, h, splits, tiles_down, channels, slots], or null;
+                          //   small maps: a part's order is that of column_grad_q.cuh
+  int* grad_q_arrivals;   // [B, h, splits] zeroed: counts blocks of the same queries, or null
+  void* grad_table;       // deterministic: [blocks of a head, B, h, Th, Tw] zeroed, else null
 };
 
 }  // namespace dat::cuda

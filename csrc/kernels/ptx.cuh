@@ -109,6 +109,13 @@ __device__ __forceinline__ void load_others(Vec<float, 4>& to, const float* p) {
                : "memory");
 }
 
+// A counter of other blocks, and after it what they wrote before they counted.
+__device__ __forceinline__ int load_acquire(const int* p) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
 // Base-2 exponential and logarithm; in float the hardware's, off by some units in the last place.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
