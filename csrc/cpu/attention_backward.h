@@ -134,7 +134,7 @@ void backward_run(const AttentionBackward& p, const Slice& slice, const TileGrid
     work.head.read(p.in, b, h, h != last_head);
     if (h != last_head) std::fill_n(grad_table.cells, shape.table_h ? grad_table.size : 0, T(0));
     last_head = h;
-    std::fill_n(work.key_sums, KeySums<T>::size(shape), T(0));
+    std::fill_n(KeySums<T>(work.key_sums, shape).pos, shape.keys * 2 * kLanes<T>, T(0));
     for (int64_t t = first; t < stop; ++t, ++i) {
       prefetch.clear();
       if (t + 1 == stop) {
@@ -143,7 +143,7 @@ void backward_run(const AttentionBackward& p, const Slice& slice, const TileGrid
           prefetch_keys(prefetch, key_view<const S>(p.in, *map, b, h), shape.keys, d);
       }
       if (i + 1 < end) prefetch_backward<S>(prefetch, p, grid, slice.item(i + 1, tiles));
-      backward_tile(p, b, h, grid.tile(t), work, prefetch);
+      backward_tile(p, b, h, grid.tile(t), t == first, work, prefetch);
     }
     if (stop - first == tiles)
       write_key_sums<S>(p, b, h, work.key_sums, work.p);

@@ -35,7 +35,6 @@ struct BackwardWork {
   T* key_sums;
   T *q, *grad_out, *grad_q;   // tile buffers of channels
   T *q_rows, *grad_out_rows;  // [query][padded channels]
-  T* tile_sum;                // [key of a key tile][padded channels]
   T *p, *ds, *factor;         // tile buffers of keys
   T *lse, *row_sum;           // [query]
 
@@ -48,7 +47,6 @@ struct BackwardWork {
         grad_q(arena.take<T>(shape.head_dim * kLd<T>)),
         q_rows(arena.take<T>(KeySums<T>::padded(shape) * kLd<T>)),
         grad_out_rows(arena.take<T>(KeySums<T>::padded(shape) * kLd<T>)),
-        tile_sum(arena.take<T>(kKeyTile * KeySums<T>::padded(shape))),
         p(arena.take<T>((kKeyTile + 1) * kLd<T>)),
         ds(arena.take<T>((kKeyTile + 1) * kLd<T>)),
         factor(arena.take<T>(shape.dropout_p > 0 ? kKeyTile * kLd<T> : 0)),
@@ -132,18 +130,10 @@ void load_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& til
   transpose_tile(work.grad_out, queries, padded, work.grad_out_rows);
 }
 
-// sums[n][c] += sum over the tile's queries of p[n][m] * rows[m][c], the tile's part on its own
-// first: a running sum over all queries of a large map would lose digits.
-template <class T>
-void add_product(int keys, int queries, int64_t padded, const T* p, const T* rows, T* tile_sum,
-                 T* sums, Prefetch& prefetch) {
-  multiply_queries(keys, queries, padded, p, rows, tile_sum, prefetch);
-  for (int64_t i = 0; i < keys * padded; ++i) sums[i] += tile_sum[i];
-}
-
+// Adds to the key sums; the products' part of a pair's first tile starts them.
 template <class S>
 void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& tile,
-                   const BackwardWork<S>& work, Prefetch& prefetch) {
+                   bool first_tile, const BackwardWork<S>& work, Prefetch& prefetch) {
   using T = acc_t<S>;
   const AttentionInputs& in = p.in;
   const AttentionShape& shape = in.shape;
@@ -165,10 +155,10 @@ void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile&
       dropout_factors(uint64_t(*in.seed), shape.dropout_p, b* shape.heads + h, tile, shape.width,
                       first, keys, work.factor);
     softmax_backward(keys, vectors, work.lse, work.row_sum, factor, work.p, work.ds);
-    add_product(keys, queries, padded, work.p, work.grad_out_rows, work.tile_sum,
-                sums.v + first * padded, prefetch);
-    add_product(keys, queries, padded, work.ds, work.q_rows, work.tile_sum, sums.k + first * padded,
-                prefetch);
+    multiply_queries(!first_tile, keys, queries, padded, work.p, work.grad_out_rows,
+                     sums.v + first * padded, prefetch);
+    multiply_queries(!first_tile, keys, queries, padded, work.ds, work.q_rows,
+                     sums.k + first * padded, prefetch);
     multiply_values(first > 0, keys, vectors, d, work.head.k + first * d, stride, work.ds,
                     work.grad_q, prefetch);
     if (in.table) work.head.bias.backward(tile, first, keys, work.ds, work.grad_table, sums.pos);

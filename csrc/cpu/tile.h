@@ -307,11 +307,12 @@ __attribute__((noinline)) void multiply_values(bool accumulate, int keys, int ve
   gemm<kBlockRows, kBlockVectors>(accumulate, channels, vectors, keys, Operand<T>{v, v_stride, 1},
                                   p, kLd<T>, o, kLd<T>, static_cast<T*>(nullptr), &prefetch);
 }
-//   g[n][c] = sum over m of p[n][m] * o[m][c], with padded channels
+//   g[n][c] (+)= sum over m of p[n][m] * o[m][c], with padded channels
 template <class T>
-__attribute__((noinline)) void multiply_queries(int keys, int queries, int64_t padded, const T* p,
-                                                const T* o, T* g, Prefetch& prefetch) {
-  gemm<kTallRows, kTallVectors>(false, keys, int(padded / kLanes<T>), queries,
+__attribute__((noinline)) void multiply_queries(bool accumulate, int keys, int queries,
+                                                int64_t padded, const T* p, const T* o, T* g,
+                                                Prefetch& prefetch) {
+  gemm<kTallRows, kTallVectors>(accumulate, keys, int(padded / kLanes<T>), queries,
                                 Operand<T>{p, kLd<T>, 1}, o, padded, g, padded,
                                 static_cast<T*>(nullptr), &prefetch);
 }
