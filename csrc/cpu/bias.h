@@ -42,11 +42,13 @@ struct TableBias {
   void backward(const Tile& tile, int64_t first, int keys, const T* ds,
                 const PaddedTable<T>& grad_table, T* grad_pos) const {
     const bool unit_cells = contiguous(tile), band = is_band(table, tile);
+    const auto unit_backward = tile.columns < kHalfLanes<T> ? unit_bias_backward<kHalfLanes<T>, T>
+                                                            : unit_bias_backward<kLanes<T>, T>;
     for (int64_t n = first; n < first + keys; ++n, ds += kLd<T>) {
       const T y = pos[2 * n], x = pos[2 * n + 1];
       T* along = grad_pos + n * 2 * kLanes<T>;
       if (unit_cells)
-        unit_bias_backward(table, grad_table, tile, cells.cell[n], ds, along);
+        unit_backward(table, grad_table, tile, cells.cell[n], ds, along);
       else if (band && within_reach(table, tile, y, x))
         band_bias_backward(table, grad_table, tile, y, x, ds, along);
       else

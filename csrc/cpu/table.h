@@ -80,24 +80,31 @@ struct UnitCells {
   }
 };
 
+// Lanes of the narrower vectors that serve maps of few columns: of full ones most would be idle.
+template <class T>
+constexpr int kHalfLanes = kLanes<T> / 2;
+
 // s[n][query] = bias, in the units of the padded table, for X vectors of columns from `first` on.
 // Rows are written in order, and blocks of columns from the right: what the last vector of a row
 // spills over is overwritten later, by the next row's first block or the next key's.
-template <int X, class T>
+template <int X, int L, class T>
 void unit_bias_columns(const PaddedTable<T>& table, const Tile& tile, const UnitCell<T>* cells,
                        int keys, int first, T* s) {
-  constexpr int L = kLanes<T>;
+  using V = Vec<T, L>;
+  const auto blend = [](const T* cell, V fx) {
+    return lerp(load_as<V>(cell), load_as<V>(cell + 1), fx);
+  };
   for (int n = 0; n < keys; ++n, s += kLd<T>) {
-    const Vec<T> fy = splat(cells[n].fraction_y), fx = splat(cells[n].fraction_x);
+    const V fy = cells[n].fraction_y - V{}, fx = cells[n].fraction_x - V{};
     const T* cell = table.row(cells[n].row + tile.row) + cells[n].column + tile.column + first;
     T* to = s + first;
-    Vec<T> above[X];
-    for (int x = 0; x < X; ++x) above[x] = lerp(load(cell + x * L), load(cell + x * L + 1), fx);
+    V above[X];
+    for (int x = 0; x < X; ++x) above[x] = blend(cell + x * L, fx);
     for (int r = 0; r < tile.rows; ++r, to += tile.columns) {
       cell += table.stride;
 #pragma GCC unroll 4
       for (int x = 0; x < X; ++x) {
-        const Vec<T> below = lerp(load(cell + x * L), load(cell + x * L + 1), fx);
+        const V below = blend(cell + x * L, fx);
         store(to + x * L, lerp(above[x], below, fy));
         above[x] = below;
       }
@@ -109,13 +116,15 @@ template <class T>
 __attribute__((noinline)) void unit_bias(const PaddedTable<T>& table, const Tile& tile,
                                          const UnitCell<T>* cells, int keys, T* s) {
   constexpr int L = kLanes<T>;
+  if (tile.columns <= kHalfLanes<T>)
+    return unit_bias_columns<1, kHalfLanes<T>>(table, tile, cells, keys, 0, s);
   int end = int(ceil_div(tile.columns, L));
   switch (end % 4) {
-    case 1: unit_bias_columns<1>(table, tile, cells, keys, (end -= 1) * L, s); break;
-    case 2: unit_bias_columns<2>(table, tile, cells, keys, (end -= 2) * L, s); break;
-    case 3: unit_bias_columns<3>(table, tile, cells, keys, (end -= 3) * L, s); break;
+    case 1: unit_bias_columns<1, L>(table, tile, cells, keys, (end -= 1) * L, s); break;
+    case 2: unit_bias_columns<2, L>(table, tile, cells, keys, (end -= 2) * L, s); break;
+    case 3: unit_bias_columns<3, L>(table, tile, cells, keys, (end -= 3) * L, s); break;
   }
-  while (end > 0) unit_bias_columns<4>(table, tile, cells, keys, (end -= 4) * L, s);
+  while (end > 0) unit_bias_columns<4, L>(table, tile, cells, keys, (end -= 4) * L, s);
 }
 
 // From the scores' gradient for one key: adds to the table's gradient and, by lanes, to the
@@ -123,40 +132,40 @@ __attribute__((noinline)) void unit_bias(const PaddedTable<T>& table, const Tile
 // With u the gradient that reaches the cells of a row through the blend along x, the one of the
 // window's row r is (1 - fy) u[r] + fy u[r - 1], and both position derivatives are sums of table
 // cells times such blends: everything is computed where the cell is.
-template <class T>
+template <int L, class T>
 __attribute__((noinline)) void unit_bias_backward(const PaddedTable<T>& table,
                                                   const PaddedTable<T>& grad_table,
                                                   const Tile& tile, const UnitCell<T>& key,
                                                   const T* ds, T* along_pos) {
-  constexpr int L = kLanes<T>;
-  const Vec<T> fy = splat(key.fraction_y), fx = splat(key.fraction_x);
+  using V = Vec<T, L>;
+  const V fy = key.fraction_y - V{}, fx = key.fraction_x - V{};
   const int64_t row = key.row + tile.row, column = key.column + tile.column;
-  Vec<T> along_y = load(along_pos), along_x = load(along_pos + L);
+  V along_y = load_as<V>(along_pos), along_x = load_as<V>(along_pos + kLanes<T>);
   for (int first = 0; first <= tile.columns; first += L) {
-    const IVec<T> j = lane_index<T>() + Int<T>(first);
-    const IVec<T> has_left = j < Int<T>(tile.columns);
-    const IVec<T> has_right = (j > 0) & (j <= Int<T>(tile.columns));
+    const IVec<T, L> j = lane_index<T, L>() + Int<T>(first);
+    const IVec<T, L> has_left = j < Int<T>(tile.columns);
+    const IVec<T, L> has_right = (j > 0) & (j <= Int<T>(tile.columns));
     const T *cell = table.row(row) + column + first, *d = ds + first;
     T* grad = grad_table.row(row) + column + first;
-    Vec<T> u_above{}, e_above{};
-    const auto visit = [&](Vec<T> u, Vec<T> e) {
-      const Vec<T> value = load(cell), du = u_above - u;
+    V u_above{}, e_above{};
+    const auto visit = [&](V u, V e) {
+      const V value = load_as<V>(cell), du = u_above - u;
       along_y += value * du;
       along_x += value * lerp(e, e_above, fy);
-      store(grad, load(grad) + (u + fy * du));
+      store(grad, load_as<V>(grad) + (u + fy * du));
       u_above = u, e_above = e;
       cell += table.stride, grad += table.stride;
     };
     for (int r = 0; r < tile.rows; ++r, d += tile.columns) {
       // As the left tap of column j, and as the right tap of column j - 1.
-      const Vec<T> left = has_left ? load(d) : Vec<T>{};
-      const Vec<T> right = has_right ? load(d - 1) : Vec<T>{};
+      const V left = has_left ? load_as<V>(d) : V{};
+      const V right = has_right ? load_as<V>(d - 1) : V{};
       visit(left + fx * (right - left), right - left);
     }
-    visit(Vec<T>{}, Vec<T>{});
+    visit(V{}, V{});
   }
   store(along_pos, along_y);
-  store(along_pos + L, along_x);
+  store(along_pos + kLanes<T>, along_x);
 }
 
 }  // namespace dat::cpu::DAT_SIMD

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../math/softmax.h"
 
@@ -21,28 +22,20 @@
 namespace dat::cpu::DAT_SIMD {
 
 template <class T>
-struct VecTypes;
-template <>
-struct VecTypes<float> {
-  typedef float vec __attribute__((vector_size(DAT_VECTOR_BYTES)));
-  typedef int32_t ivec __attribute__((vector_size(DAT_VECTOR_BYTES)));
-  typedef int32_t integer;
-};
-template <>
-struct VecTypes<double> {
-  typedef double vec __attribute__((vector_size(DAT_VECTOR_BYTES)));
-  typedef int64_t ivec __attribute__((vector_size(DAT_VECTOR_BYTES)));
-  typedef int64_t integer;
-};
-template <class T>
-using Vec = typename VecTypes<T>::vec;
-template <class T>
-using IVec = typename VecTypes<T>::ivec;
-template <class T>
-using Int = typename VecTypes<T>::integer;
+constexpr int kLanes = DAT_VECTOR_BYTES / int(sizeof(T));
 
 template <class T>
-constexpr int kLanes = DAT_VECTOR_BYTES / int(sizeof(T));
+using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+template <class T, int L>
+struct VecTypes {
+  typedef T vec __attribute__((vector_size(L * sizeof(T))));
+  typedef Int<T> ivec __attribute__((vector_size(L * sizeof(T))));
+};
+// Of the widest width, or of L lanes.
+template <class T, int L = kLanes<T>>
+using Vec = typename VecTypes<T, L>::vec;
+template <class T, int L = kLanes<T>>
+using IVec = typename VecTypes<T, L>::ivec;
 
 template <class V, class T>
 DAT_INLINE V load_as(const T* p) {
@@ -54,18 +47,18 @@ template <class T>
 DAT_INLINE Vec<T> load(const T* p) {
   return load_as<Vec<T>>(p);
 }
-template <class T>
-DAT_INLINE void store(T* p, Vec<T> v) {
+template <class T, class V>
+DAT_INLINE void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 template <class T>
 DAT_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
-template <class T>
-DAT_INLINE IVec<T> lane_index() {
-  IVec<T> v;
-  for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
+template <class T, int L = kLanes<T>>
+DAT_INLINE IVec<T, L> lane_index() {
+  IVec<T, L> v;
+  for (int i = 0; i < L; ++i) v[i] = i;
   return v;
 }
 // The larger; where either is NaN, a.
