@@ -149,7 +149,7 @@ void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile&
     const int keys = int(std::min<int64_t>(kKeyTile, shape.keys - first));
     scores<S>(in, work.head, b, h, tile, first, keys, work.q, work.p, static_cast<T*>(nullptr),
               prefetch);
-    multiply_keys(false, keys, vectors, d, work.head.v + first * d, stride, work.grad_out, work.ds,
+    multiply_keys(false, keys, queries, d, work.head.v + first * d, stride, work.grad_out, work.ds,
                   static_cast<T*>(nullptr), prefetch);
     if (factor)
       dropout_factors(uint64_t(*in.seed), shape.dropout_p, b* shape.heads + h, tile, shape.width,
@@ -159,7 +159,7 @@ void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile&
                      sums.v + first * padded, prefetch);
     multiply_queries(!first_tile, keys, queries, padded, work.ds, work.q_rows,
                      sums.k + first * padded, prefetch);
-    multiply_values(first > 0, keys, vectors, d, work.head.k + first * d, stride, work.ds,
+    multiply_values(first > 0, keys, queries, d, work.head.k + first * d, stride, work.ds,
                     work.grad_q, prefetch);
     if (in.table) work.head.bias.backward(tile, first, keys, work.ds, work.grad_table, sums.pos);
     if (p.grad_bias)

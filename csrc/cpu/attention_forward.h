@@ -46,13 +46,13 @@ template <class S, class T = acc_t<S>>
 void scores(const AttentionInputs& in, const HeadOperands<S>& head, int64_t b, int64_t h,
             const Tile& tile, int64_t first, int keys, const T* q, T* s, T* top,
             Prefetch& prefetch) {
-  const int d = int(in.shape.head_dim), vectors = int(ceil_div(tile.queries(), kLanes<T>));
+  const int d = int(in.shape.head_dim);
   if (in.table) head.bias.forward(tile, first, keys, s);
   if (in.bias.data) {
     const S* bias = static_cast<const S*>(in.bias.data) + b * in.bias.batch + h * in.bias.head;
     dense_bias<S>(in.table, bias, in.bias, tile, in.shape.width, first, keys, T(kLog2e), s);
   }
-  multiply_keys(in.table || in.bias.data, keys, vectors, d, head.k + first * d,
+  multiply_keys(in.table || in.bias.data, keys, tile.queries(), d, head.k + first * d,
                 key_stride(in.shape.keys), q, s, top, prefetch);
 }
 
@@ -137,8 +137,8 @@ void forward_tile(const AttentionForward& p, int64_t b, int64_t h, const Tile& t
                       first, keys, work.factor);
       for (int64_t i = 0; i < keys * kLd<T>; ++i) work.s[i] *= work.factor[i];
     }
-    multiply_values(first > 0, keys, vectors, d, work.head.v + first * d, key_stride(shape.keys),
-                    work.s, work.o, prefetch);
+    multiply_values(first > 0, keys, tile.queries(), d, work.head.v + first * d,
+                    key_stride(shape.keys), work.s, work.o, prefetch);
   }
   for (int m = 0; m < vectors * kLanes<T>; m += kLanes<T>) {
     const Vec<T> total = load(work.sum + m);

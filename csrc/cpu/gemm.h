@@ -21,6 +21,10 @@ constexpr int kBlockRows = 6, kBlockVectors = 4, kTallRows = 12;
 constexpr int kBlockRows = 6, kBlockVectors = 2, kTallRows = 6;
 #endif
 constexpr int kTallVectors = 2;
+// Lanes of a last vector that would be half idle or more. Half a vector of AVX-512 takes half the
+// time where the units are 256 bits wide, and no more than a whole one elsewhere.
+template <class T>
+constexpr int kTailLanes = DAT_VECTOR_BYTES == 64 ? kLanes<T> / 2 : kLanes<T>;
 
 // Lines of memory that will be wanted soon, fetched a few at a time while products run: at small
 // problems reading and writing the tensors would else take as long as the arithmetic.
@@ -73,22 +77,22 @@ struct Operand {
 };
 
 // `top`, if not null, collects the largest value of each column, [vectors * lanes].
-template <int I, int X, class T>
+template <int I, int X, int L, class T>
 DAT_INLINE void gemm_block(bool accumulate, int depth, Operand<T> a, const T* b, int64_t ldb, T* c,
                            int64_t ldc, T* top) {
-  constexpr int L = kLanes<T>;
-  Vec<T> sum[I][X];
+  using V = Vec<T, L>;
+  V sum[I][X];
 #pragma GCC unroll 16
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
-    for (int x = 0; x < X; ++x) sum[i][x] = Vec<T>{};
+    for (int x = 0; x < X; ++x) sum[i][x] = V{};
   for (int k = 0; k < depth; ++k) {
-    Vec<T> bk[X];
+    V bk[X];
 #pragma GCC unroll 4
-    for (int x = 0; x < X; ++x) bk[x] = load(b + k * ldb + x * L);
+    for (int x = 0; x < X; ++x) bk[x] = load_as<V>(b + k * ldb + x * L);
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
-      const Vec<T> aik = splat(a.data[i * a.row + k * a.column]);
+      const V aik = a.data[i * a.row + k * a.column] - V{};
 #pragma GCC unroll 4
       for (int x = 0; x < X; ++x) sum[i][x] += aik * bk[x];
     }
@@ -98,13 +102,13 @@ DAT_INLINE void gemm_block(bool accumulate, int depth, Operand<T> a, const T* b,
 #pragma GCC unroll 4
     for (int x = 0; x < X; ++x) {
       // Added last: loads before the products would be waited for.
-      if (accumulate) sum[i][x] += load(c + i * ldc + x * L);
+      if (accumulate) sum[i][x] += load_as<V>(c + i * ldc + x * L);
       store(c + i * ldc + x * L, sum[i][x]);
     }
   if (!top) return;
 #pragma GCC unroll 4
   for (int x = 0; x < X; ++x) {
-    Vec<T> largest = load(top + x * L);
+    V largest = load_as<V>(top + x * L);
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) largest = maximum(largest, sum[i][x]);
     store(top + x * L, largest);
@@ -116,17 +120,17 @@ DAT_INLINE int split_point(int total, int parts, int index) {
   return int(int64_t(total) * index / parts);
 }
 
-template <int I, int X, class T>
+template <int I, int X, int L, class T>
 DAT_INLINE void gemm_rows(bool accumulate, int rows, int depth, Operand<T> a, const T* b,
                           int64_t ldb, T* c, int64_t ldc, T* top) {
   if (rows == I) {
-    gemm_block<I, X>(accumulate, depth, a, b, ldb, c, ldc, top);
+    gemm_block<I, X, L>(accumulate, depth, a, b, ldb, c, ldc, top);
   } else if constexpr (I > 1) {
-    gemm_rows<I - 1, X>(accumulate, rows, depth, a, b, ldb, c, ldc, top);
+    gemm_rows<I - 1, X, L>(accumulate, rows, depth, a, b, ldb, c, ldc, top);
   }
 }
 
-template <int I, int X, class T>
+template <int I, int X, int L, class T>
 DAT_INLINE void gemm_columns(bool accumulate, int rows, int vectors, int depth, Operand<T> a,
                              const T* b, int64_t ldb, T* c, int64_t ldc, T* top,
                              Prefetch* prefetch) {
@@ -135,25 +139,31 @@ DAT_INLINE void gemm_columns(bool accumulate, int rows, int vectors, int depth, 
     for (int part = 0; part < parts; ++part) {
       const int i = split_point(rows, parts, part), end = split_point(rows, parts, part + 1);
       const Operand<T> ai = {a.data + i * a.row, a.row, a.column};
-      gemm_rows<I, X>(accumulate, end - i, depth, ai, b, ldb, c + i * ldc, ldc, top);
+      gemm_rows<I, X, L>(accumulate, end - i, depth, ai, b, ldb, c + i * ldc, ldc, top);
       if (prefetch) prefetch->step();
     }
   } else if constexpr (X > 1) {
-    gemm_columns<I, X - 1>(accumulate, rows, vectors, depth, a, b, ldb, c, ldc, top, prefetch);
+    gemm_columns<I, X - 1, L>(accumulate, rows, vectors, depth, a, b, ldb, c, ldc, top, prefetch);
   }
 }
 
-// c: rows x (vectors * lanes); a: rows x depth; b: depth x (vectors * lanes).
+// c: rows x columns; a: rows x depth; b: depth x columns; columns rounded up to kTailLanes.
 template <int I, int X, class T>
-DAT_INLINE void gemm(bool accumulate, int rows, int vectors, int depth, Operand<T> a, const T* b,
+DAT_INLINE void gemm(bool accumulate, int rows, int columns, int depth, Operand<T> a, const T* b,
                      int64_t ldb, T* c, int64_t ldc, T* top = nullptr,
                      Prefetch* prefetch = nullptr) {
+  constexpr int L = kLanes<T>, kTail = kTailLanes<T>;
+  const int tails = (columns + kTail - 1) / kTail, vectors = tails / (L / kTail);
   const int parts = (vectors + X - 1) / X;
   for (int part = 0; part < parts; ++part) {
-    const int x = split_point(vectors, parts, part), end = split_point(vectors, parts, part + 1);
-    gemm_columns<I, X>(accumulate, rows, end - x, depth, a, b + x * kLanes<T>, ldb,
-                       c + x * kLanes<T>, ldc, top ? top + x * kLanes<T> : nullptr, prefetch);
+    const int x = split_point(vectors, parts, part) * L;
+    const int end = split_point(vectors, parts, part + 1) * L;
+    gemm_columns<I, X, L>(accumulate, rows, (end - x) / L, depth, a, b + x, ldb, c + x, ldc,
+                          top ? top + x : nullptr, prefetch);
   }
+  if (const int x = vectors * L; x < tails * kTail)
+    gemm_columns<2 * I, 1, kTail>(accumulate, rows, 1, depth, a, b + x, ldb, c + x, ldc,
+                                  top ? top + x : nullptr, prefetch);
 }
 
 }  // namespace dat::cpu::DAT_SIMD

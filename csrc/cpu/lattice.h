@@ -170,7 +170,7 @@ DAT_INLINE void scatter_columns(const PaddedTable<T>& grad_table, const RowWindo
   T t[L];
   store(t, __builtin_convertvector(w.index, Vec<T>) + w.fraction);
   for (int l = 0; l < count; ++l) store_hat(t[l], vectors, work.hat_x + l * 2 * L);
-  gemm<kTallRows, kTallVectors>(false, slots, vectors, count, Operand<T>{work.grad, L, 1},
+  gemm<kTallRows, kTallVectors>(false, slots, vectors * L, count, Operand<T>{work.grad, L, 1},
                                 work.hat_x, 2 * L, work.cells, 2 * L);
   for (int slot = 0; slot < slots; ++slot) {
     T* cell = const_cast<T*>(rows.table_row(grad_table, slot)) + w.base;
@@ -205,7 +205,7 @@ __attribute__((noinline)) void lattice_bias_backward(const PaddedTable<T>& table
     }
     // Lanes past the last column hold other rows' gradients up to here.
     const T* d = ds + v * L;
-    gemm<kTallRows, 1>(false, slots, 1, tile.rows, Operand<T>{work.hat_y, 1, kMaxSlots}, d,
+    gemm<kTallRows, 1>(false, slots, L, tile.rows, Operand<T>{work.hat_y, 1, kMaxSlots}, d,
                        tile.columns, work.grad, L);
     Vec<T> along_y{}, along_x{};
     for (int r = 0; r < tile.rows; ++r)

@@ -290,31 +290,31 @@ __attribute__((noinline)) void read_keys(const HeadView<const S>& head, int64_t 
   }
 }
 
-// The products of attention on one tile: `keys` of one key tile, `vectors` of queries.
+// The products of attention on one tile: `keys` of one key tile, `queries` of its lanes.
 //   s[n][m] (+)= sum over c of k[c][n] * q[c][m];  top[m] = max(top[m], s[n][m])
 template <class T>
-__attribute__((noinline)) void multiply_keys(bool accumulate, int keys, int vectors, int channels,
+__attribute__((noinline)) void multiply_keys(bool accumulate, int keys, int queries, int channels,
                                              const T* k, int k_stride, const T* q, T* s, T* top,
                                              Prefetch& prefetch) {
-  gemm<kBlockRows, kBlockVectors>(accumulate, keys, vectors, channels, Operand<T>{k, 1, k_stride},
+  gemm<kBlockRows, kBlockVectors>(accumulate, keys, queries, channels, Operand<T>{k, 1, k_stride},
                                   q, kLd<T>, s, kLd<T>, top, &prefetch);
 }
 //   o[c][m] (+)= sum over n of v[c][n] * p[n][m]
 template <class T>
-__attribute__((noinline)) void multiply_values(bool accumulate, int keys, int vectors, int channels,
+__attribute__((noinline)) void multiply_values(bool accumulate, int keys, int queries, int channels,
                                                const T* v, int v_stride, const T* p, T* o,
                                                Prefetch& prefetch) {
-  gemm<kBlockRows, kBlockVectors>(accumulate, channels, vectors, keys, Operand<T>{v, v_stride, 1},
+  gemm<kBlockRows, kBlockVectors>(accumulate, channels, queries, keys, Operand<T>{v, v_stride, 1},
                                   p, kLd<T>, o, kLd<T>, static_cast<T*>(nullptr), &prefetch);
 }
-//   g[n][c] (+)= sum over m of p[n][m] * o[m][c], with padded channels
+//   g[n][c] (+)= sum over m of p[n][m] * o[m][c], with padded channels. A tile's part is a sum
+// of its own: one running over all queries of a large map would lose digits.
 template <class T>
 __attribute__((noinline)) void multiply_queries(bool accumulate, int keys, int queries,
                                                 int64_t padded, const T* p, const T* o, T* g,
                                                 Prefetch& prefetch) {
-  gemm<kTallRows, kTallVectors>(accumulate, keys, int(padded / kLanes<T>), queries,
-                                Operand<T>{p, kLd<T>, 1}, o, padded, g, padded,
-                                static_cast<T*>(nullptr), &prefetch);
+  gemm<kTallRows, kTallVectors>(accumulate, keys, int(padded), queries, Operand<T>{p, kLd<T>, 1}, o,
+                                padded, g, padded, static_cast<T*>(nullptr), &prefetch);
 }
 
 }  // namespace dat::cpu::DAT_SIMD
