@@ -71,15 +71,15 @@ DAT_INLINE Vec<T> absolute(Vec<T> x) {
   return (Vec<T>)((IVec<T>)x & std::numeric_limits<Int<T>>::max());
 }
 // By halves: additions one after the other would wait for each other.
-template <class T>
-DAT_INLINE T lane_sum(Vec<T> v) {
-  T lanes[kLanes<T>];
-  std::memcpy(lanes, &v, sizeof v);
-#pragma GCC unroll 8
-  for (int half = kLanes<T> / 2; half; half /= 2)
-#pragma GCC unroll 16
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+template <class T, int L = kLanes<T>>
+DAT_INLINE T lane_sum(Vec<T, L> v) {
+  if constexpr (L == 2) {
+    return v[0] + v[1];
+  } else {
+    Vec<T, L / 2> halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return lane_sum<T, L / 2>(halves[0] + halves[1]);
+  }
 }
 
 // Lane i of the concatenation of a and b at index[i], 0 <= index < 2 * lanes.
