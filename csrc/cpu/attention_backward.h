@@ -111,10 +111,13 @@ template <class S>
 void prefetch_backward(Prefetch& prefetch, const AttentionBackward& p, const TileGrid& grid,
                        const Item& item) {
   const int d = int(p.in.shape.head_dim);
-  prefetch_item<S>(prefetch, p.in, grid, item);
-  for (const MapView* map : {&p.out, &p.grad_out})
-    prefetch_tile(prefetch, query_view<const S>(p.in, *map, item.b, item.h), grid.tile(item.tile),
+  const auto tile_of = [&](const MapView& map) {
+    prefetch_tile(prefetch, query_view<const S>(p.in, map, item.b, item.h), grid.tile(item.tile),
                   d);
+  };
+  prefetch_item<S>(prefetch, p.in, grid, item);
+  tile_of(p.grad_out);
+  if (needs_out(p.in.shape)) tile_of(p.out);
 }
 
 // Items [begin, end) of a slice, in the order head, image, tile.

@@ -3,8 +3,10 @@
 // With p the probabilities and dp = grad_out . v, the scores' gradient is ds = p (dp - row_sum),
 // and
 //   grad_v[n] += p grad_out,  grad_k[n] += scale ds q,  grad_q[m] = scale ds k,
-// and ds is the gradient of the bias. The first two sum over queries: they stay with the thread
-// (KeySums) until it leaves the head and image.
+// and ds is the gradient of the bias. The row sums, over keys, are those of p dp; where a tile does
+// not meet all keys at once they must be known before, and are those of grad_out out over channels.
+// grad_v and grad_k sum over queries: they stay with the thread (KeySums) until it leaves the head
+// and image.
 #pragma once
 
 #include "attention_forward.h"
@@ -57,6 +59,9 @@ struct BackwardWork {
   static int64_t channel_rows(const AttentionShape& shape) { return KeySums<T>::padded(shape); }
 };
 
+// Whether the row sums come from `out`.
+inline bool needs_out(const AttentionShape& shape) { return shape.keys > kKeyTile; }
+
 // [channel][query] -> [query][padded channel]
 template <class T>
 __attribute__((noinline)) void transpose_tile(const T* from, int queries, int64_t padded, T* to) {
@@ -66,17 +71,32 @@ __attribute__((noinline)) void transpose_tile(const T* from, int queries, int64_
 }
 
 // p = 2^(s - lse), and what the values' gradient multiplies: p times the dropout factor, in s;
-// ds = the scores' gradient from dp, the probabilities' one.
+// ds = the scores' gradient from dp, the probabilities' one. No row_sum: these are all keys.
 template <class T>
 __attribute__((noinline)) void softmax_backward(int keys, int vectors, const T* lse,
                                                 const T* row_sum, const T* factor, T* s, T* dp) {
   constexpr int L = kLanes<T>;
-  for (int n = 0; n < keys; ++n, s += kLd<T>, dp += kLd<T>) {
-    for (int x = 0; x < vectors * L; x += L) {
-      const Vec<T> p = exp2<T>(load(s + x) - load(lse + x));
-      const Vec<T> z = factor ? load(factor + n * kLd<T> + x) : splat(T(1));
-      store(s + x, factor ? p * z : p);
-      store(dp + x, softmax_vjp(p, factor ? load(dp + x) * z : load(dp + x), load(row_sum + x)));
+  for (int x = 0; x < vectors * L; x += L) {
+    const Vec<T> log_sum = load(lse + x);
+    const auto probability = [=](int at) { return exp2<T>(load(s + at) - log_sum); };
+    const auto kept = [=](int at, Vec<T> y) { return factor ? y * load(factor + at) : y; };
+    const int end = keys * kLd<T>;
+    Vec<T> sum{}, total{};
+    if (row_sum) {
+      sum = load(row_sum + x);
+    } else {
+      for (int at = x; at < end; at += kLd<T>) {
+        const Vec<T> p = probability(at);
+        sum += p * kept(at, load(dp + at));
+        total += p;
+        store(s + at, p);
+      }
+      sum /= total;  // 1 but for the rounding of lse, which would move all ds of a row
+    }
+    for (int at = x; at < end; at += kLd<T>) {
+      const Vec<T> p = row_sum ? probability(at) : load(s + at);
+      store(s + at, kept(at, p));
+      store(dp + at, softmax_vjp(p, kept(at, load(dp + at)), sum));
     }
   }
 }
@@ -105,7 +125,18 @@ void add_dense_grad(const T* ds, const Tile& tile, int64_t width, int64_t keys_t
   });
 }
 
-// Loads what a tile needs once: q, grad_out, both transposed, the saved lse and the row sums.
+// row_sum[m] = sum over channels of grad_out * out; `out` is a tile buffer to read it into.
+template <class S, class T>
+void read_row_sums(const AttentionBackward& p, int64_t b, int64_t h, const Tile& tile,
+                   const T* grad_out, T* out, T* row_sum) {
+  const int d = int(p.in.shape.head_dim), queries = tile.queries();
+  read_tile(query_view<const S>(p.in, p.out, b, h), tile, d, T(1), out);
+  std::fill_n(row_sum, kLd<T>, T(0));
+  for (int c = 0; c < d; ++c)
+    for (int m = 0; m < queries; ++m) row_sum[m] += out[c * kLd<T> + m] * grad_out[c * kLd<T> + m];
+}
+
+// Loads what a tile needs once: q, grad_out, both transposed, and the saved lse.
 template <class S>
 void load_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& tile,
                const BackwardWork<S>& work) {
@@ -113,13 +144,7 @@ void load_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& til
   const AttentionShape& shape = p.in.shape;
   const int d = int(shape.head_dim), queries = tile.queries();
   const int64_t padded = KeySums<T>::padded(shape);
-  // grad_q's buffer serves to read out.
-  read_tile(query_view<const S>(p.in, p.out, b, h), tile, d, T(1), work.grad_q);
   read_tile(query_view<const S>(p.in, p.grad_out, b, h), tile, d, T(1), work.grad_out);
-  std::fill_n(work.row_sum, kLd<T>, T(0));
-  for (int c = 0; c < d; ++c)
-    for (int m = 0; m < queries; ++m)
-      work.row_sum[m] += work.grad_q[c * kLd<T> + m] * work.grad_out[c * kLd<T> + m];
   read_tile(query_view<const S>(p.in, p.in.q, b, h), tile, d, T(shape.scale * kLog2e), work.q);
   const MapView lse =
       contiguous_map(const_cast<void*>(p.lse), shape.heads, shape.height, shape.width);
@@ -130,7 +155,7 @@ void load_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& til
   transpose_tile(work.grad_out, queries, padded, work.grad_out_rows);
 }
 
-// Adds to the key sums; the products' part of a pair's first tile starts them.
+// Adds to the key sums; the products start theirs with the first tile.
 template <class S>
 void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& tile,
                    bool first_tile, const BackwardWork<S>& work, Prefetch& prefetch) {
@@ -145,6 +170,9 @@ void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile&
   const HeadView<S> grad_q = query_view<S>(in, p.grad_q, b, h);
   prefetch_tile(prefetch, grad_q, tile, d);
   load_tile(p, b, h, tile, work);
+  const T* row_sum = needs_out(shape) ? work.row_sum : nullptr;
+  if (row_sum)  // grad_q's buffer serves to read out
+    read_row_sums<S>(p, b, h, tile, work.grad_out, work.grad_q, work.row_sum);
   for (int64_t first = 0; first < shape.keys; first += kKeyTile) {
     const int keys = int(std::min<int64_t>(kKeyTile, shape.keys - first));
     scores<S>(in, work.head, b, h, tile, first, keys, work.q, work.p, static_cast<T*>(nullptr),
@@ -154,7 +182,7 @@ void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile&
     if (factor)
       dropout_factors(uint64_t(*in.seed), shape.dropout_p, b* shape.heads + h, tile, shape.width,
                       first, keys, work.factor);
-    softmax_backward(keys, vectors, work.lse, work.row_sum, factor, work.p, work.ds);
+    softmax_backward(keys, vectors, work.lse, row_sum, factor, work.p, work.ds);
     multiply_queries(!first_tile, keys, queries, padded, work.p, work.grad_out_rows,
                      sums.v + first * padded, prefetch);
     multiply_queries(!first_tile, keys, queries, padded, work.ds, work.q_rows,
