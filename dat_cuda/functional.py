@@ -272,6 +272,17 @@ def _(
     )
 
 
+def _run(operator, *args):
+    """Call an operator; in eager mode without gradients to record, past its registered autograd.
+
+    That is Python, and took a fifth of all that a training step spends outside the kernels.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
 class _Operator(torch.autograd.Function):
     """A registered forward operator with its gradient; both are also registered for tracing."""
 
@@ -314,7 +325,7 @@ class _Sample(_Operator):
 
     @staticmethod
     def traced(*args):
-        return _ops.deform_sample_forward(*args)
+        return _run(_ops.deform_sample_forward.default, *args)
 
     @staticmethod
     def save(ctx, inputs, output):
@@ -324,7 +335,7 @@ class _Sample(_Operator):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _ops.deform_sample_forward(*inputs)
+        output = _run(_ops.deform_sample_forward.default, *inputs)
         _Sample.save(ctx, inputs, output)
         return output
 
@@ -333,8 +344,8 @@ class _Sample(_Operator):
         x, offset = ctx.saved_tensors
         if grad_sampled is None:
             grad_sampled = x.new_zeros((*x.shape[:2], offset.shape[2] * offset.shape[3]))
-        grad_x, grad_offset = _ops.deform_sample_backward(
-            grad_sampled, grad_pos, x, offset, *ctx.settings
+        grad_x, grad_offset = _run(
+            _ops.deform_sample_backward.default, grad_sampled, grad_pos, x, offset, *ctx.settings
         )
         return grad_x, grad_offset, None, None, None
 
@@ -344,7 +355,7 @@ class _Attention(_Operator):
 
     @staticmethod
     def traced(*args):
-        return _ops.deform_attention_forward(*args)
+        return _run(_ops.deform_attention_forward.default, *args)
 
     @staticmethod
     def save(ctx, inputs, output):
@@ -354,7 +365,7 @@ class _Attention(_Operator):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _ops.deform_attention_forward(*inputs)
+        output = _run(_ops.deform_attention_forward.default, *inputs)
         _Attention.save(ctx, inputs, output)
         ctx.mark_non_differentiable(output[1])
         return output
@@ -365,7 +376,8 @@ class _Attention(_Operator):
             return (None,) * 11
         q, k, v, pos, rpe_table, bias, seed, out, lse = ctx.saved_tensors
         bias_grad = bias is not None and ctx.needs_input_grad[5]
-        *grads, grad_pos, grad_table, grad_bias = _ops.deform_attention_backward(
+        *grads, grad_pos, grad_table, grad_bias = _run(
+            _ops.deform_attention_backward.default,
             grad_out, q, k, v, pos, rpe_table, bias, seed, out, lse,
             ctx.heads, ctx.scale, ctx.dropout_p, ctx.version, bias_grad,
             torch.are_deterministic_algorithms_enabled(),
