@@ -17,19 +17,20 @@ template <class S>
 struct HeadOperands {
   using T = acc_t<S>;
 
-  T *k, *v;  // [key tile][channel][key_stride]
+  T *k_copy, *v_copy;
+  const T *k, *v;  // [key tile][channel][key_stride], the copies or in place
   TableBias<T> bias;
 
   HeadOperands(Arena& arena, const AttentionShape& shape)
-      : k(arena.take<T>(ceil_div(shape.keys, kKeyTile) * kKeyTile * shape.head_dim)),
-        v(arena.take<T>(ceil_div(shape.keys, kKeyTile) * kKeyTile * shape.head_dim)),
+      : k_copy(arena.take<T>(ceil_div(shape.keys, kKeyTile) * kKeyTile * shape.head_dim)),
+        v_copy(arena.take<T>(ceil_div(shape.keys, kKeyTile) * kKeyTile * shape.head_dim)),
         bias(arena, shape) {}
 
   void read(const AttentionInputs& in, int64_t b, int64_t h, bool table_too) {
     const AttentionShape& shape = in.shape;
     const int d = int(shape.head_dim);
-    read_keys(key_view<const S>(in, in.k, b, h), shape.keys, d, k);
-    read_keys(key_view<const S>(in, in.v, b, h), shape.keys, d, v);
+    k = read_keys(key_view<const S>(in, in.k, b, h), shape.keys, d, k_copy);
+    v = read_keys(key_view<const S>(in, in.v, b, h), shape.keys, d, v_copy);
     if (!in.table) return;
     const int64_t group = h / (shape.heads / shape.groups);
     bias.read_positions(static_cast<const T*>(in.pos) + (b * shape.groups + group) * shape.keys * 2,

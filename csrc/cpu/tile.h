@@ -265,16 +265,21 @@ void prefetch_keys(Prefetch& prefetch, const HeadView<S>& head, int64_t keys, in
     prefetch.add(head.data, keys * size, channels, head.channel * size);
 }
 
-// Keys or values of one head as [key tile][channel][key_stride]; what follows the last key is never
-// read.
+// Keys or values of one head as [key tile][channel][key_stride]: in place if they lie so, else read
+// into `copy`; what follows the last key is never read.
 DAT_INLINE int key_stride(int64_t keys) { return int(std::min<int64_t>(keys, kKeyTile)); }
 
 template <class S, class T>
-__attribute__((noinline)) void read_keys(const HeadView<const S>& head, int64_t keys, int channels,
-                                         T* to) {
+__attribute__((noinline)) const T* read_keys(const HeadView<const S>& head, int64_t keys,
+                                             int channels, T* copy) {
   const int stride = key_stride(keys);
-  if (!head.places && keys <= kKeyTile && head.channel == keys * head.column)
-    return read_run(head.data, head.column, channels * int(keys), T(1), to);
+  if (!head.places && keys <= kKeyTile && head.channel == keys * head.column) {
+    if constexpr (std::is_same_v<S, T>)
+      if (head.column == 1) return head.data;
+    read_run(head.data, head.column, channels * int(keys), T(1), copy);
+    return copy;
+  }
+  T* to = copy;
   for (int64_t first = 0; first < keys; first += kKeyTile, to += channels * stride) {
     const int count = int(std::min<int64_t>(kKeyTile, keys - first));
     const S* data = head.data + first * head.column;
@@ -288,6 +293,7 @@ __attribute__((noinline)) void read_keys(const HeadView<const S>& head, int64_t 
       for (int c = 0; c < channels; ++c)
         read_run(data + c * head.channel, head.column, count, T(1), to + c * stride);
   }
+  return copy;
 }
 
 // The products of attention on one tile: `keys` of one key tile, `queries` of its lanes.
