@@ -16,8 +16,10 @@ namespace dat::cpu::DAT_SIMD {
 // Sums over the queries of one head and image, in the units they are added up in.
 template <class T>
 struct KeySums {
-  T *k, *v;  // [N, padded channels], both padded for blocks; k times 1 / (scale * log2(e))
-  T* pos;    // [N][2][lanes], in cells, times log2(e)
+  // [N, padded channels], both padded for blocks, by what is never written; k times 1 / (scale *
+  // log2(e))
+  T *k, *v;
+  T* pos;  // [N][2][lanes], in cells, times log2(e)
 
   static int64_t padded(const AttentionShape& shape) { return round_up<T>(shape.head_dim); }
   static int64_t size(const AttentionShape& shape) {
@@ -91,7 +93,9 @@ __attribute__((noinline)) void softmax_backward(int keys, int vectors, const T* 
         total += p;
         store(s + at, p);
       }
-      sum /= total;  // 1 but for the rounding of lse, which would move all ds of a row
+      // The total is 1 but for the rounding of lse, which would move all ds of a row; of huge
+      // scores, lse is so coarse that all p may be 0.
+      sum = total == 0 ? sum : sum / total;
     }
     for (int at = x; at < end; at += kLd<T>) {
       const Vec<T> p = row_sum ? probability(at) : load(s + at);

@@ -2,8 +2,8 @@
 //
 // A thread takes query tiles (tile.h) of one head from a common counter. For each tile it walks
 // over the keys, kKeyTile at a time: bias, plus q.k, exponentials under a running maximum, times v.
-// All buffers together stay in its L2 cache, most of them in L1; keys, values and the head's table
-// are copied there when the head changes.
+// All buffers together stay in its L2 cache, most of them in L1; the head's table is copied there
+// when the head changes, and keys and values that do not lie as products read them.
 #pragma once
 
 #include <atomic>

@@ -42,6 +42,7 @@ struct TableBias {
   void backward(const Tile& tile, int64_t first, int keys, const T* ds,
                 const PaddedTable<T>& grad_table, T* grad_pos) const {
     const bool unit_cells = contiguous(tile), band = is_band(table, tile);
+    // It walks over one cell more than there are columns.
     const auto unit_backward = tile.columns < kHalfLanes<T> ? unit_bias_backward<kHalfLanes<T>, T>
                                                             : unit_bias_backward<kLanes<T>, T>;
     for (int64_t n = first; n < first + keys; ++n, ds += kLd<T>) {

@@ -21,8 +21,8 @@ constexpr int kBlockRows = 6, kBlockVectors = 4, kTallRows = 12;
 constexpr int kBlockRows = 6, kBlockVectors = 2, kTallRows = 6;
 #endif
 constexpr int kTallVectors = 2;
-// Lanes of a last vector that would be half idle or more. Half a vector of AVX-512 takes half the
-// time where the units are 256 bits wide, and no more than a whole one elsewhere.
+// A last vector of which half or more would be idle has so many lanes. Half a vector of AVX-512
+// takes half the time where the units are 256 bits wide, and no more than a whole one elsewhere.
 template <class T>
 constexpr int kTailLanes = DAT_VECTOR_BYTES == 64 ? kLanes<T> / 2 : kLanes<T>;
 
@@ -76,7 +76,7 @@ struct Operand {
   int64_t row, column;
 };
 
-// `top`, if not null, collects the largest value of each column, [vectors * lanes].
+// `top`, if not null, collects the largest value of each column.
 template <int I, int X, int L, class T>
 DAT_INLINE void gemm_block(bool accumulate, int depth, Operand<T> a, const T* b, int64_t ldb, T* c,
                            int64_t ldc, T* top) {

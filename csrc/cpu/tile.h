@@ -2,7 +2,8 @@
 //
 // A tile is a rectangle of the query lattice, its queries numbered row by row without gaps, so that
 // products run over full vectors whatever the map's width. Tile buffers are [channel or key][query]
-// with the fixed stride kLd; lanes past the last query hold finite leftovers that nothing reads.
+// with the fixed stride kLd; lanes past the last query hold leftovers, NaN among them, which never
+// leave their lanes.
 #pragma once
 
 #include <algorithm>

@@ -51,7 +51,7 @@ DAT_HD T as_exponent(T score) {
 }
 
 // Gradient of a score (in natural units) from its probability, the gradient that reaches the
-// probability, and the row's sum of grad_out * out.
+// probability, and the row's sum of probability times that, which is grad_out * out.
 template <class V>
 DAT_HD V softmax_vjp(V probability, V grad_probability, V row_sum) {
   return probability * (grad_probability - row_sum);
