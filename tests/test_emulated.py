@@ -42,13 +42,13 @@ def test_any_block_may_be_the_last(device):
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(*shape).bfloat16().requires_grad_()
-        for shape in ((1, 64, 14, 14), (1, 64, 196), (1, 64, 196))
+        for shape in ((4, 128, 14, 14), (4, 128, 196), (4, 128, 196))
     )
-    pos, table = torch.rand(1, 1, 196, 2).mul(2).sub(1).requires_grad_(), torch.randn(2, 27, 27)
+    pos, table = torch.rand(4, 1, 196, 2).mul(2).sub(1).requires_grad_(), torch.randn(4, 27, 27)
 
     def gradients(threads):
         device.set("threads", threads)
-        out = dat_cuda.deform_attention(q, k, v, pos, table, heads=2, version="dat")
+        out = dat_cuda.deform_attention(q, k, v, pos, table, heads=4, version="dat")
         return torch.autograd.grad(out.square().sum(), (q, k, v, pos))
 
     right = gradients(1)

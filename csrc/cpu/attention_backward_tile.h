@@ -16,8 +16,8 @@ namespace dat::cpu::DAT_SIMD {
 // Sums over the queries of one head and image, in the units they are added up in.
 template <class T>
 struct KeySums {
-  // [N, padded channels], both padded for blocks, by what is never written; k times 1 / (scale *
-  // log2(e))
+  // [N, padded channels], both padded for blocks, where nothing is written;
+  // k times 1 / (scale * log2(e)).
   T *k, *v;
   T* pos;  // [N][2][lanes], in cells, times log2(e)
 

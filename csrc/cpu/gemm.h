@@ -92,7 +92,7 @@ DAT_INLINE void gemm_block(bool accumulate, int depth, Operand<T> a, const T* b,
     for (int x = 0; x < X; ++x) bk[x] = load_as<V>(b + k * ldb + x * L);
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
-      const V aik = a.data[i * a.row + k * a.column] - V{};
+      const V aik = splat_as<V>(a.data[i * a.row + k * a.column]);
 #pragma GCC unroll 4
       for (int x = 0; x < X; ++x) sum[i][x] += aik * bk[x];
     }

@@ -95,7 +95,7 @@ void unit_bias_columns(const PaddedTable<T>& table, const Tile& tile, const Unit
     return lerp(load_as<V>(cell), load_as<V>(cell + 1), fx);
   };
   for (int n = 0; n < keys; ++n, s += kLd<T>) {
-    const V fy = cells[n].fraction_y - V{}, fx = cells[n].fraction_x - V{};
+    const V fy = splat_as<V>(cells[n].fraction_y), fx = splat_as<V>(cells[n].fraction_x);
     const T* cell = table.row(cells[n].row + tile.row) + cells[n].column + tile.column + first;
     T* to = s + first;
     V above[X];
@@ -138,7 +138,7 @@ __attribute__((noinline)) void unit_bias_backward(const PaddedTable<T>& table,
                                                   const Tile& tile, const UnitCell<T>& key,
                                                   const T* ds, T* along_pos) {
   using V = Vec<T, L>;
-  const V fy = key.fraction_y - V{}, fx = key.fraction_x - V{};
+  const V fy = splat_as<V>(key.fraction_y), fx = splat_as<V>(key.fraction_x);
   const int64_t row = key.row + tile.row, column = key.column + tile.column;
   V along_y = load_as<V>(along_pos), along_x = load_as<V>(along_pos + kLanes<T>);
   for (int first = 0; first <= tile.columns; first += L) {

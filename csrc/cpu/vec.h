@@ -51,9 +51,13 @@ template <class T, class V>
 DAT_INLINE void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
+template <class V, class T>
+DAT_INLINE V splat_as(T x) {
+  return x - V{};
+}
 template <class T>
 DAT_INLINE Vec<T> splat(T x) {
-  return x - Vec<T>{};
+  return splat_as<Vec<T>>(x);
 }
 template <class T, int L = kLanes<T>>
 DAT_INLINE IVec<T, L> lane_index() {
