@@ -226,6 +226,36 @@ def test_first_keys_masked(backend, dtype, masked, others):
     assert_close(out, want, 2 * rounding + (2e-5 if dtype == torch.float32 else 5e-3))
 
 
+@pytest.mark.parametrize("masked", (-1e4, -1e6, -1e9, -1e30, torch.finfo(torch.float32).min))
+@pytest.mark.parametrize("keys", (5, 64, 130))
+def test_rows_that_a_finite_bias_masks_altogether(backend, masked, keys):
+    """What is left of such a row's log-sum-exp says nothing of how many keys there are."""
+    given = attention_inputs(keys=keys)
+    given["bias"] = torch.randn(12, keys)
+    given["bias"][3] = masked
+    given["bias"][7, : keys - 2] = masked
+    exact = {name: t.double().requires_grad_() for name, t in given.items()}
+    same = {name: t.clone().requires_grad_() for name, t in given.items()}
+    given = {name: t.requires_grad_() for name, t in given.items()}
+    results = [
+        (out, *torch.autograd.grad(out.sin().sum(), list(tensors.values())))
+        for attention, tensors in (
+            (dat_cuda.deform_attention, given),
+            (reference.deform_attention, same),
+            (reference.deform_attention, exact),
+        )
+        for out in [attention(**tensors, heads=4)]
+    ]
+    rounding = -masked * torch.finfo(torch.float32).eps  # of a score
+    for name, found, plain, right in zip(("out", *given), *results, strict=True):
+        if backend in ("cuda", "emulated") and name != "out":
+            continue  # there the backward has the log-sum-exp alone
+        if rounding > 1:  # so that all scores of the row are the same
+            assert_close(found, plain, 1e-5)
+        else:
+            assert_close(found, right, 1e-5 + 4 * rounding)
+
+
 def test_empty_batch(backend):
     given = {name: tensor[:0] for name, tensor in attention_inputs().items()}
     given["rpe_table"] = torch.randn(4, 5, 7)

@@ -41,6 +41,7 @@ struct BackwardWork {
   T *q_rows, *grad_out_rows;  // [query][padded channels]
   T *p, *ds, *factor;         // tile buffers of keys
   T *lse, *row_sum;           // [query]
+  T *before, *top, *sum;      // [query], of coarse rows
 
   BackwardWork(Arena& arena, const AttentionShape& shape)
       : head(arena, shape),
@@ -55,7 +56,10 @@ struct BackwardWork {
         ds(arena.take<T>((kKeyTile + 1) * kLd<T>)),
         factor(arena.take<T>(shape.dropout_p > 0 ? kKeyTile * kLd<T> : 0)),
         lse(arena.take<T>(kLd<T>)),
-        row_sum(arena.take<T>(kLd<T>)) {}
+        row_sum(arena.take<T>(kLd<T>)),
+        before(arena.take<T>(kLd<T>)),
+        top(arena.take<T>(kLd<T>)),
+        sum(arena.take<T>(kLd<T>)) {}
 
   // Tile buffers of channels that are transposed have the padding channels, too.
   static int64_t channel_rows(const AttentionShape& shape) { return KeySums<T>::padded(shape); }
@@ -93,9 +97,8 @@ __attribute__((noinline)) void softmax_backward(int keys, int vectors, const T* 
         total += p;
         store(s + at, p);
       }
-      // The total is 1 but for the rounding of lse, which would move all ds of a row; of huge
-      // scores, lse is so coarse that all p may be 0.
-      sum = total == 0 ? sum : sum / total;
+      // The total is 1 but for the rounding of lse, which would move all ds of a row.
+      sum = sum / total;
     }
     for (int at = x; at < end; at += kLd<T>) {
       const Vec<T> p = row_sum ? probability(at) : load(s + at);
@@ -159,6 +162,47 @@ void load_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& til
   transpose_tile(work.grad_out, queries, padded, work.grad_out_rows);
 }
 
+// The larger lse is, the fewer digits of the sum of exponentials are left in it: of a row that a
+// finite bias masks altogether, none. Says whether a tile has rows where it is coarse. They are
+// measured again: top becomes their largest score, to be subtracted from all, and 0 for other rows;
+// lse the logarithm alone.
+template <class S>
+bool measure_coarse_rows(const AttentionInputs& in, int64_t b, int64_t h, const Tile& tile,
+                         const BackwardWork<S>& work) {
+  using T = acc_t<S>;
+  constexpr T kCoarse = 4096;
+  const int queries = tile.queries(), vectors = int(ceil_div(queries, kLanes<T>));
+  IVec<T> any{};
+  for (int x = 0; x < vectors * kLanes<T>; x += kLanes<T>)
+    any |= ~(absolute<T>(load(work.lse + x)) < kCoarse);
+  bool is_coarse = false;
+  for (int i = 0; i < kLanes<T>; ++i) is_coarse |= any[i] != 0;
+  if (!is_coarse) return false;
+  std::fill_n(work.before, kLd<T>, -T(INFINITY));
+  std::fill_n(work.top, kLd<T>, -T(INFINITY));
+  std::fill_n(work.sum, kLd<T>, T(0));
+  Prefetch none;
+  for (int64_t first = 0; first < in.shape.keys; first += kKeyTile) {
+    const int keys = int(std::min<int64_t>(kKeyTile, in.shape.keys - first));
+    scores<S>(in, work.head, b, h, tile, first, keys, work.q, work.p, work.top, none);
+    softmax_step(keys, vectors, 0, work.p, static_cast<T*>(nullptr), work.before, work.top,
+                 work.sum);
+  }
+  for (int m = 0; m < queries; ++m)
+    if (std::abs(work.lse[m]) < kCoarse)
+      work.top[m] = 0;
+    else
+      work.lse[m] = std::log2(work.sum[m]);
+  return true;
+}
+
+template <class T>
+void subtract_top(int keys, int vectors, const T* top, T* s) {
+  for (int n = 0; n < keys; ++n, s += kLd<T>)
+    for (int m = 0; m < vectors * kLanes<T>; m += kLanes<T>)
+      store(s + m, load(s + m) - load(top + m));
+}
+
 // Adds to the key sums; the products start theirs with the first tile.
 template <class S>
 void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile& tile,
@@ -177,10 +221,12 @@ void backward_tile(const AttentionBackward& p, int64_t b, int64_t h, const Tile&
   const T* row_sum = needs_out(shape) ? work.row_sum : nullptr;
   if (row_sum)  // grad_q's buffer serves to read out
     read_row_sums<S>(p, b, h, tile, work.grad_out, work.grad_q, work.row_sum);
+  const bool is_coarse = measure_coarse_rows(in, b, h, tile, work);
   for (int64_t first = 0; first < shape.keys; first += kKeyTile) {
     const int keys = int(std::min<int64_t>(kKeyTile, shape.keys - first));
     scores<S>(in, work.head, b, h, tile, first, keys, work.q, work.p, static_cast<T*>(nullptr),
               prefetch);
+    if (is_coarse) subtract_top(keys, vectors, work.top, work.p);
     multiply_keys(false, keys, queries, d, work.head.v + first * d, stride, work.grad_out, work.ds,
                   static_cast<T*>(nullptr), prefetch);
     if (factor)

@@ -51,7 +51,7 @@ void scores(const AttentionInputs& in, const HeadOperands<S>& head, int64_t b, i
   if (in.table) head.bias.forward(tile, first, keys, s);
   if (in.bias.data) {
     const S* bias = static_cast<const S*>(in.bias.data) + b * in.bias.batch + h * in.bias.head;
-    dense_bias<S>(in.table, bias, in.bias, tile, in.shape.width, first, keys, T(kLog2e), s);
+    dense_bias<S>(in.table, bias, in.bias, tile, in.shape.width, first, keys, s);
   }
   multiply_keys(in.table || in.bias.data, keys, tile.queries(), d, head.k + first * d,
                 key_stride(in.shape.keys), q, s, top, prefetch);

@@ -58,17 +58,21 @@ struct TableBias {
   }
 };
 
-// s[n][m] (+)= scale * bias[m, n] for `keys` keys from `first` on.
+// s[n][m] (+)= bias[m, n], as an exponent of 2, for `keys` keys from `first` on.
 template <class S, class T>
 __attribute__((noinline)) void dense_bias(bool accumulate, const S* head, const DenseBias& bias,
                                           const Tile& tile, int64_t width, int64_t first, int keys,
-                                          T scale, T* s) {
+                                          T* s) {
   if (bias.key == 1 && !accumulate) {
     for_each_query_run(tile, width, [&](int64_t query, int place, int count) {
       const S* from = head + query * bias.query + first;
-      read_transposed([&](int i) { return from + i * bias.query; }, count, keys, scale, s + place,
+      read_transposed([&](int i) { return from + i * bias.query; }, count, keys, T(1), s + place,
                       kLd<T>);
     });
+    const int64_t padded = round_up<T>(tile.queries());
+    for (int n = 0; n < keys; ++n)
+      for (T *at = s + n * kLd<T>, *end = at + padded; at < end; at += kLanes<T>)
+        store(at, as_exponents<T>(load(at)));
     return;
   }
   for (int r = 0; r < tile.rows; ++r)
@@ -77,7 +81,7 @@ __attribute__((noinline)) void dense_bias(bool accumulate, const S* head, const 
       const S* from = head + query * bias.query + first * bias.key;
       T* to = s + r * tile.columns + j;
       for (int n = 0; n < keys; ++n) {
-        const T value = T(to_acc(from[n * bias.key])) * scale;
+        const T value = as_exponent(T(to_acc(from[n * bias.key])));
         to[n * kLd<T>] = accumulate ? to[n * kLd<T>] + value : value;
       }
     }
