@@ -9,6 +9,7 @@
 #include "depthwise.h"
 #include "offset_head.h"
 #include "threads.h"
+#include "transpose.h"
 #include "windows.h"
 
 namespace dat {
@@ -51,12 +52,14 @@ STABLE_TORCH_LIBRARY(dat_cuda, m) {
   dat::define_window_operators(m);
   dat::define_depthwise_operators(m);
   dat::define_offset_head_operators(m);
+  dat::define_transpose_operator(m);
 }
 STABLE_TORCH_LIBRARY_IMPL(dat_cuda, CPU, m) {
   dat::implement_operators<dat::CpuDevice>(m);
   dat::implement_window_operators(m);
   dat::implement_depthwise_operators(m);
   dat::implement_offset_head_operators(m);
+  dat::implement_transpose_operator(m);
 }
 #if defined(DAT_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(dat_cuda, CUDA, m) { dat::implement_operators<dat::CudaDevice>(m); }

@@ -159,4 +159,12 @@ struct OffsetHeadBackward {
   void *grad_features, *grad_norm_weight, *grad_norm_bias, *grad_weight;
 };
 
+struct Transpose {
+  int64_t batch, rows, columns;
+  DType dtype;                    // f32 or f64
+  int64_t from_matrix, from_row;  // strides in elements
+  const void* from;               // [batch, rows, columns]
+  void* to;                       // [batch, columns, rows], contiguous
+};
+
 }  // namespace dat

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .functional import deform_attention, deform_sample, is_native
-from .offsets import LayerNormProxy, is_hooked, is_usual, offsets
+from .functional import deform_attention, deform_sample, has_cpu_ways
+from .offsets import LayerNormProxy, is_usual, offsets
+from .projections import is_channels_last, laid_out, project
 from .reference import VERSIONS, query_grid, reference_points
 
 Encoding = Literal["none", "rpe", "fixed", "log_cpb", "dwc"]
@@ -163,15 +164,19 @@ class DAttention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.dim() != 4 or x.shape[1] != self.nc:
             raise ValueError(f"x must have shape [B, {self.nc}, H, W], got {list(x.shape)}")
-        channels_last = is_channels_last(x)
-        if has_cpu_ways(x) and x.shape[2] * x.shape[3] < self.nc:
-            # The projections want it so (project); then samples are read and written so, too.
-            x = x.contiguous(memory_format=torch.channels_last)
+        out, pos, reference = self._attend(x)
+        y = project(self.proj_out, out, is_channels_last(x))
+        return self.proj_drop(y), pos, reference
+
+    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All but the last projection, whose result may lie where this has put what it made."""
+        if has_cpu_ways(x):  # once for projection and samples
+            x = laid_out(x)
         q = project(self.proj_q, x)
         offset, q = self._offsets(q)
         sampled, pos, reference = self._keys(x, offset)
-        if has_cpu_ways(x) and sampled.shape[2] < self.nc:  # once for both projections
-            sampled = sampled.transpose(1, 2).contiguous().transpose(1, 2)
+        if has_cpu_ways(x):  # once for both projections
+            sampled = laid_out(sampled)
         k = project(self.proj_k, sampled)
         v = project(self.proj_v, sampled)
         table = self.rpe_table if self.encoding == "rpe" else None
@@ -189,7 +194,7 @@ class DAttention(nn.Module):
         )
         if self.encoding == "dwc":
             out = out + self.rpe_table(q)
-        return self.proj_drop(project(self.proj_out, out, channels_last)), pos, reference
+        return out, pos, reference
 
     def _offsets(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """[B * G, 2, Hk, Wk]; and q for what follows (offsets.depthwise)."""
@@ -259,46 +264,6 @@ def _kept_reference_points(
 ) -> Tensor:
     with torch.inference_mode(False):
         return reference_points(height, width, version, dtype=dtype, device=device)
-
-
-def has_cpu_ways(x: Tensor) -> bool:
-    """Whether to compute around the operators as native CPU kernels deserve; elsewhere, and in what
-    a compiler sees, the plain module is best."""
-    return x.device.type == "cpu" and is_native(x) and not torch.compiler.is_compiling()
-
-
-def project(layer: nn.Conv2d | nn.Linear, x: Tensor, channels_last: bool = False) -> Tensor:
-    """1x1 convolution, or linear layer, over the channels of x [B, C, H, W] or [B, C, N].
-
-    Beside native CPU kernels a plain layer is a matrix product, which is up to 4 times faster there
-    than the convolution (docs/benchmarks.md). Its result is in channels-first memory, as the
-    kernels like it, or in channels-last memory if asked for or if there are fewer pixels than
-    channels: then the weight gradient is one product for all images.
-    """
-    if not has_cpu_ways(x) or not is_plain(layer):
-        if isinstance(layer, nn.Linear):
-            return layer(x.movedim(1, -1)).movedim(-1, 1)
-        return layer(x) if x.dim() == 4 else layer(x.unsqueeze(2)).squeeze(2)
-    flat, weight, bias = x.flatten(2), layer.weight.flatten(1), cast(Tensor, layer.bias)
-    if flat.shape[2] < flat.shape[1]:
-        y = F.linear(flat.transpose(1, 2), weight, bias).transpose(1, 2)
-    elif channels_last:
-        weight = weight.t().expand(len(x), -1, -1)
-        y = torch.baddbmm(bias, flat.transpose(1, 2), weight).transpose(1, 2)
-    else:
-        y = torch.baddbmm(bias.unsqueeze(1), weight.expand(len(x), -1, -1), flat)
-    return y.unflatten(2, x.shape[2:])
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether neighbours in memory are channels of x [B, C, H, W]."""
-    return x.stride(1) == 1 and x.shape[1] > 1
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether calling it does nothing but its product: users replace and hook modules."""
-    plain = type(layer) in (nn.Conv2d, nn.Linear) and layer.bias is not None
-    return plain and not is_hooked(layer)
 
 
 def _check_arguments(given: dict) -> None:

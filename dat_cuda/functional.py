@@ -9,7 +9,8 @@ order (y, x).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +53,50 @@ def backend_name() -> str:
 def is_native(features: Tensor) -> bool:
     """Whether operators on these features run native kernels here and now."""
     return _backend != "reference" and features.device.type in NATIVE_DEVICES
+
+
+def has_cpu_ways(x: Tensor) -> bool:
+    """Whether to compute around the operators as native CPU kernels deserve; elsewhere, and in what
+    a compiler sees, the plain module is best."""
+    return x.device.type == "cpu" and is_native(x) and not torch.compiler.is_compiling()
+
+
+def run_below_autograd(f: Callable, *args: Any) -> Any:
+    """f(*args); in eager mode without gradients to record, past all autograd.
+
+    That of registered operators is Python, and took a fifth of all that a training step spends
+    outside the kernels. And results that are views of what f made are not known as such, so that
+    users may change in place what a Function returns.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return f(*args)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return f(*args)
+
+
+NO_SECOND_DERIVATIVE = (
+    "dat_cuda has no second derivatives; for those, compute inside "
+    "`with dat_cuda.backend('reference'):`"
+)
+
+
+def first_derivative_only(backward: Callable) -> Callable:
+    """The backward of an autograd.Function whose results refuse to be differentiated.
+
+    As torch's once_differentiable, which lets them pass as constants where the gradient that comes
+    in is one, though they depend on what was saved.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> tuple:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        refuse: Any = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), len(results))
+        return refuse(*(t if t is None else t.detach().requires_grad_() for t in results))
+
+    return wrapper
 
 
 def _accumulation_dtype(features: Tensor) -> torch.dtype:
@@ -272,17 +317,6 @@ def _(
     )
 
 
-def _run(operator, *args):
-    """Call an operator; in eager mode without gradients to record, past its registered autograd.
-
-    That is Python, and took a fifth of all that a training step spends outside the kernels.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
-
-
 class _Operator(torch.autograd.Function):
     """A registered forward operator with its gradient; both are also registered for tracing."""
 
@@ -314,10 +348,7 @@ class _Operator(torch.autograd.Function):
 
 
 def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "dat_cuda has no second derivatives; for those, compute inside "
-        "`with dat_cuda.backend('reference'):`"
-    )
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 class _Sample(_Operator):
@@ -325,7 +356,7 @@ class _Sample(_Operator):
 
     @staticmethod
     def traced(*args):
-        return _run(_ops.deform_sample_forward.default, *args)
+        return run_below_autograd(_ops.deform_sample_forward.default, *args)
 
     @staticmethod
     def save(ctx, inputs, output):
@@ -335,7 +366,7 @@ class _Sample(_Operator):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _run(_ops.deform_sample_forward.default, *inputs)
+        output = run_below_autograd(_ops.deform_sample_forward.default, *inputs)
         _Sample.save(ctx, inputs, output)
         return output
 
@@ -344,7 +375,7 @@ class _Sample(_Operator):
         x, offset = ctx.saved_tensors
         if grad_sampled is None:
             grad_sampled = x.new_zeros((*x.shape[:2], offset.shape[2] * offset.shape[3]))
-        grad_x, grad_offset = _run(
+        grad_x, grad_offset = run_below_autograd(
             _ops.deform_sample_backward.default, grad_sampled, grad_pos, x, offset, *ctx.settings
         )
         return grad_x, grad_offset, None, None, None
@@ -355,7 +386,7 @@ class _Attention(_Operator):
 
     @staticmethod
     def traced(*args):
-        return _run(_ops.deform_attention_forward.default, *args)
+        return run_below_autograd(_ops.deform_attention_forward.default, *args)
 
     @staticmethod
     def save(ctx, inputs, output):
@@ -365,7 +396,7 @@ class _Attention(_Operator):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _run(_ops.deform_attention_forward.default, *inputs)
+        output = run_below_autograd(_ops.deform_attention_forward.default, *inputs)
         _Attention.save(ctx, inputs, output)
         ctx.mark_non_differentiable(output[1])
         return output
@@ -376,7 +407,7 @@ class _Attention(_Operator):
             return (None,) * 11
         q, k, v, pos, rpe_table, bias, seed, out, lse = ctx.saved_tensors
         bias_grad = bias is not None and ctx.needs_input_grad[5]
-        *grads, grad_pos, grad_table, grad_bias = _run(
+        *grads, grad_pos, grad_table, grad_bias = run_below_autograd(
             _ops.deform_attention_backward.default,
             grad_out, q, k, v, pos, rpe_table, bias, seed, out, lse,
             ctx.heads, ctx.scale, ctx.dropout_p, ctx.version, bias_grad,

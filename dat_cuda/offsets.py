@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .functional import is_autocast
+from .functional import first_derivative_only, is_autocast
+from .projections import is_hooked
 
 _ops = torch.ops.dat_cuda
 
@@ -61,7 +61,7 @@ class _Depthwise(torch.autograd.Function):
         return _ops.depthwise_forward(x, weight, bias, *settings), x
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, more: Tensor | None) -> tuple:
         if grad is None:
             return more, None, None, None, None
@@ -99,20 +99,9 @@ class _OffsetHead(torch.autograd.Function):
         return _ops.offset_head_forward(*inputs)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple:
         return (*_ops.offset_head_backward(grad, *ctx.saved_tensors, ctx.eps), None)
-
-
-def is_hooked(layer: nn.Module) -> bool:
-    return any(
-        (
-            layer._forward_hooks,
-            layer._forward_pre_hooks,
-            layer._backward_hooks,
-            layer._backward_pre_hooks,
-        )
-    )
 
 
 def is_usual(network: nn.Module, q: Tensor) -> bool:

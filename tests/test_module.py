@@ -323,9 +323,11 @@ def test_six_operators_do_it_all():
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            # Dropout does nothing in inference.
-            if not (inside or function.is_view or "dropout" in str(function)):
-                calls.append(str(function))
+            name = str(function)
+            # Dropout does nothing in inference; only the CPU transposes maps of few pixels.
+            left_out = "dropout" in name or name.startswith("dat_cuda.transpose")
+            if not (inside or function.is_view or left_out):
+                calls.append(name)
             return result
 
     def enter(*_):

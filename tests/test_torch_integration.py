@@ -17,7 +17,7 @@ from operator_cases import (
 )
 
 import dat_cuda
-from dat_cuda import deform_attention, deform_sample, reference
+from dat_cuda import DAttention, deform_attention, deform_sample, reference
 
 OPERATORS = torch.ops.dat_cuda
 
@@ -130,6 +130,8 @@ def test_results_lie_as_the_inputs(layout):
     grad_x = torch.autograd.grad(sampled.sum(), x)
     for t in (out, *grads, sampled, *grad_x):
         assert t.movedim(1, -1).is_contiguous() == (layout == "channels_last")
+    changed = deform_sample(x, offset, **sample.options)[0].mul_(2)  # no view that forbids it
+    torch.testing.assert_close(torch.autograd.grad(changed.sum(), x), (2 * grad_x[0],))
 
 
 def both_operators(x, offset, table, bias):
@@ -242,6 +244,17 @@ def test_second_derivatives_are_refused(name):
     grads = torch.autograd.grad(output.square().sum(), list(given.values()), create_graph=True)
     with pytest.raises(RuntimeError, match="dat_cuda has no second derivatives"):
         torch.autograd.grad(sum(grad.square().sum() for grad in grads), list(given.values()))
+
+
+@pytest.mark.parametrize("size", (4, 14))  # of few pixels, and of many
+@pytest.mark.parametrize("name", ("proj_out", "proj_q", "conv_offset.3", "rpe_table"))
+def test_second_derivatives_of_modules_are_refused(name, size):
+    module = DAttention((size, size), (2, 2), 4, 8, 2, 0, 0, 2, 2, True, False, False, False, 3)
+    y = module(torch.randn(1, 32, size, size))[0]
+    weight = module.rpe_table if name == "rpe_table" else module.get_submodule(name).weight
+    (grad,) = torch.autograd.grad(y.sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="dat_cuda has no second derivatives"):
+        (grad.square().sum() + module.proj_v.weight.sum()).backward()
 
 
 @pytest.fixture

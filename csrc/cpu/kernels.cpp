@@ -8,6 +8,7 @@
 #include "depthwise.h"
 #include "offset_head.h"
 #include "sample.h"
+#include "transpose.h"
 
 #define DAT_STRING_(x) #x
 #define DAT_STRING(x) DAT_STRING_(x)
@@ -62,6 +63,9 @@ const Kernels table = {
     [](const OffsetHeadBackward& p, const Threads& threads) {
       (p.in.shape.dtype == DType::f64 ? offset_head_backward<double>
                                       : offset_head_backward<float>)(p, threads);
+    },
+    [](const Transpose& p, const Threads& threads) {
+      (p.dtype == DType::f64 ? transpose<double> : transpose<float>)(p, threads);
     },
 };
 

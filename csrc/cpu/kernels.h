@@ -32,6 +32,7 @@ struct Kernels {
   void (*depthwise_backward)(const DepthwiseBackward&, const Threads&);
   void (*offset_head_forward)(const OffsetHeadForward&, const Threads&);
   void (*offset_head_backward)(const OffsetHeadBackward&, const Threads&);
+  void (*transpose)(const Transpose&, const Threads&);
 };
 
 // The best table for this machine; DAT_SIMD=avx2|baseline in the environment asks for a lesser one.

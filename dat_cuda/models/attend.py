@@ -9,10 +9,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dat_cuda.attention import has_cpu_ways
-from dat_cuda.functional import backend_name, deform_attention, is_native
+from dat_cuda.functional import (
+    backend_name,
+    deform_attention,
+    first_derivative_only,
+    has_cpu_ways,
+    is_native,
+)
 
 _ops = torch.ops.dat_cuda
 
@@ -101,7 +105,7 @@ class _AttendWindows(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple:
         qkv, out, *saved = ctx.saved_tensors
         biases, lses = saved[: len(ctx.windows)], saved[len(ctx.windows) :]

@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dat_cuda.attention import LayerNormProxy, is_channels_last, project
 from dat_cuda.models.attend import attend
 from dat_cuda.models.mlp import TransformerMLP, TransformerMLPWithConv
 from dat_cuda.models.neighborhood import NeighborhoodAttention2D
 from dat_cuda.models.windows import LocalAttention, ShiftWindowAttention, check_divides
+from dat_cuda.offsets import LayerNormProxy
+from dat_cuda.projections import is_channels_last, project
 
 __all__ = [
     "DropPath",

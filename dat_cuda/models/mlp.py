@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from dat_cuda.attention import has_cpu_ways, is_plain
-from dat_cuda.functional import is_autocast
+from dat_cuda.functional import first_derivative_only, has_cpu_ways, is_autocast
+from dat_cuda.projections import is_plain
 
 PIECE = 2**23  # bytes of hidden values
 
@@ -134,7 +133,7 @@ class _MLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, hidden, w1, w2, conv, conv_bias = ctx.saved_tensors
         grad = grad.contiguous()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dat_cuda.attention import has_cpu_ways
+from dat_cuda.functional import has_cpu_ways
 from dat_cuda.models.attend import Windows, attend, attend_windows
 
 
