@@ -197,7 +197,9 @@ def deform_attention(
             float32 (float64 for float64 q). Needs ``pos``. Finite: next to an infinite value the
             scores are NaN, on CUDA for up to seven more rows of queries. A ``bias`` masks keys.
         heads: number of heads, divides C.
-        bias: dense additive bias, broadcastable to ``[B, heads, H * W, N]``, dtype of q.
+        bias: dense additive bias, broadcastable to ``[B, heads, H * W, N]``, dtype of q. It masks
+            keys with -inf, or finite values; but on CUDA the gradients of a row whose keys all have
+            -1e8 or less are too large, by their number.
         scale: factor of q . k; by default ``(C / heads) ** -0.5``.
         dropout_p: rate at which probabilities are dropped; ``torch.manual_seed`` reproduces it.
         version: ``"dat"`` or ``"dat++"``: the query grid.
