@@ -1,6 +1,6 @@
 // Matrices transposed on the CPU: what dat_cuda/projections.py does with maps there.
 //
-//   x [B, R, C], rows of any stride; out [B, C, R], contiguous
+//   x [B, R, C], with gaps between rows as they come; out [B, C, R], contiguous
 #pragma once
 
 #include <limits>
@@ -15,8 +15,8 @@ inline Tensor transpose(const Tensor& x) {
   const DType dtype = feature_dtype(x, "x");
   STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, "x must be float32 or float64, got ",
                   dtype_name(x.scalar_type()));
-  STD_TORCH_CHECK(x.stride(2) == 1 || x.size(2) == 1, "x must have rows without gaps, got stride ",
-                  x.stride(2));
+  STD_TORCH_CHECK(x.stride(2) == 1 || x.size(2) == 1,
+                  "x must have the elements of a row side by side, got stride ", x.stride(2));
   STD_TORCH_CHECK(std::max(x.size(1), x.size(0) * x.size(2)) <= std::numeric_limits<int>::max(),
                   "x must have fewer than 2^31 rows and 2^31 columns in all, got ",
                   shape_string(x));

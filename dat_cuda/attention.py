@@ -170,13 +170,11 @@ class DAttention(nn.Module):
 
     def _attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All but the last projection, whose result may lie where this has put what it made."""
-        if has_cpu_ways(x):  # once for projection and samples
-            x = laid_out(x)
+        x = laid_out(x)  # once for projection and samples
         q = project(self.proj_q, x)
         offset, q = self._offsets(q)
         sampled, pos, reference = self._keys(x, offset)
-        if has_cpu_ways(x):  # once for both projections
-            sampled = laid_out(sampled)
+        sampled = laid_out(sampled)  # once for both projections
         k = project(self.proj_k, sampled)
         v = project(self.proj_v, sampled)
         table = self.rpe_table if self.encoding == "rpe" else None

@@ -80,11 +80,24 @@ NO_SECOND_DERIVATIVE = (
 )
 
 
-def first_derivative_only(backward: Callable) -> Callable:
-    """The backward of an autograd.Function whose results refuse to be differentiated.
+class _Refusal(torch.autograd.Function):
+    """The first of the tensors as they are, which cannot be differentiated in any of them."""
 
-    As torch's once_differentiable, which lets them pass as constants where the gradient that comes
-    in is one, though they depend on what was saved.
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+def first_derivative_only(backward: Callable) -> Callable:
+    """The backward of an autograd.Function whose results refuse to be differentiated in what comes
+    in and what is saved, which must be all of the inputs that they depend on.
+
+    torch's once_differentiable lets them pass as constants where autograd is asked for some inputs
+    only, or where the gradient that comes in is a constant itself.
     """
 
     @functools.wraps(backward)
@@ -93,8 +106,10 @@ def first_derivative_only(backward: Callable) -> Callable:
             results = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return results
-        refuse: Any = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), len(results))
-        return refuse(*(t if t is None else t.detach().requires_grad_() for t in results))
+        made = [t for t in results if t is not None]
+        causes = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        refused = iter(_Refusal.apply(len(made), *made, *causes))
+        return tuple(t if t is None else next(refused) for t in results)
 
     return wrapper
 

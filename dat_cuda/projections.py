@@ -42,34 +42,40 @@ def project(layer: nn.Conv2d | nn.Linear, x: Tensor, channels_last: bool = False
         if isinstance(layer, nn.Linear):
             return layer(x.movedim(1, -1)).movedim(-1, 1)
         return layer(x) if x.dim() == 4 else layer(x.unsqueeze(2)).squeeze(2)
-    bias = cast(Tensor, layer.bias)
-    if torch.is_grad_enabled() and not is_autocast(x):
-        return _Projection.apply(x, layer.weight, bias, channels_last)
-    return run_below_autograd(product, laid_out(x), layer.weight, bias, channels_last)
+    x, weight, bias = laid_out(x), layer.weight, cast(Tensor, layer.bias)
+    if is_autocast(x) or _is_watched():  # autocast keeps what it casts, for calls with gradients
+        return _product(x, weight, bias, channels_last)
+    if torch.is_grad_enabled():
+        return _Projection.apply(x, weight, bias, channels_last)
+    return run_below_autograd(_product, x, weight, bias, channels_last)
 
 
 class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, channels_last: bool) -> Tensor:
-        x = laid_out(x)
-        ctx.save_for_backward(x, weight)
+        wants_x, wants_weight, ctx.wants_bias, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+        ctx.few_pixels, ctx.weight_shape = has_few_pixels(x), weight.shape
         # What is returned must not be a view: a dropout may work in place.
-        return run_below_autograd(product, x, weight, bias, channels_last)
+        return run_below_autograd(_product, x, weight, bias, channels_last)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        return *run_below_autograd(product_backward, grad, x, weight, wanted), None
+        backward = _product_of_rows_backward if ctx.few_pixels else _product_backward
+        grad_x, grad_weight = run_below_autograd(backward, grad, *ctx.saved_tensors)
+        if grad_weight is not None:
+            grad_weight = grad_weight.view(ctx.weight_shape)
+        grad_bias = grad.flatten(2).sum((0, 2)) if ctx.wants_bias else None
+        return grad_x, grad_weight, grad_bias, None
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor, channels_last: bool) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor, channels_last: bool) -> Tensor:
     """The projection of a map that is laid out."""
     weight = weight.flatten(1)
     if has_few_pixels(x):
         return _as_map(_linear(_as_rows(x), weight, bias), x)
-    flat, weight = x.flatten(2), weight.expand(len(x), -1, -1)
+    flat, weight = x.flatten(2), weight.expand(x.shape[0], -1, -1)
     if channels_last:
         y = torch.baddbmm(bias, flat.transpose(1, 2), weight.transpose(1, 2)).transpose(1, 2)
     else:
@@ -77,30 +83,37 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, channels_last: bool) -> Ten
     return y.unflatten(2, x.shape[2:])
 
 
-def product_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple) -> tuple:
-    """The gradients that are wanted of x, which is laid out, weight and bias, None for others."""
-    grad_x = grad_weight = grad_bias = None
-    matrix, flat = weight.flatten(1), grad.flatten(2)
-    if has_few_pixels(x):
-        grad_rows = _as_rows(laid_out(grad))
-        if wanted[0]:
-            grad_x = _as_map(_linear(grad_rows, matrix.t()), x)
-        if wanted[1]:
-            # In rows of pixels: oneDNN is slow where a first factor lies by columns.
-            in_rows = flat.stride(2) == 1
-            columns = flat.transpose(0, 1).flatten(1) if in_rows else _transposed(grad_rows)
-            grad_weight = _linear(columns, _as_rows(x).t())
-    else:
-        matrix = matrix.expand(len(x), -1, -1)
-        if wanted[0] and is_channels_last(grad):
-            grad_x = torch.bmm(flat.transpose(1, 2), matrix).transpose(1, 2).view(x.shape)
-        elif wanted[0]:
-            grad_x = torch.bmm(matrix.transpose(1, 2), flat).view(x.shape)
-        if wanted[1]:
-            grad_weight = torch.bmm(flat, x.flatten(2).transpose(1, 2)).sum(0)
-    if wanted[2]:
-        grad_bias = flat.sum((0, 2))
-    return grad_x, None if grad_weight is None else grad_weight.view_as(weight), grad_bias
+Gradients = tuple[Tensor | None, Tensor | None]
+
+
+def _product_backward(grad: Tensor, x: Tensor | None, weight: Tensor | None) -> Gradients:
+    """The gradients of x, if weight is given, and of weight [O, I], if x is."""
+    grad_x = grad_weight = None
+    flat = grad.flatten(2)
+    if weight is not None:
+        matrix = weight.flatten(1).expand(grad.shape[0], -1, -1)
+        if is_channels_last(grad):
+            grad_x = torch.bmm(flat.transpose(1, 2), matrix).transpose(1, 2)
+        else:
+            grad_x = torch.bmm(matrix.transpose(1, 2), flat)
+        grad_x = grad_x.unflatten(2, grad.shape[2:])
+    if x is not None:
+        grad_weight = torch.bmm(flat, x.flatten(2).transpose(1, 2)).sum(0)
+    return grad_x, grad_weight
+
+
+def _product_of_rows_backward(grad: Tensor, x: Tensor | None, weight: Tensor | None) -> Gradients:
+    """The same, of maps of few pixels."""
+    grad_x = grad_weight = None
+    rows = _as_rows(grad if _is_in_rows(grad) else _in_rows(grad))
+    if weight is not None:
+        grad_x = _as_map(_linear(rows, weight.flatten(1).t()), grad)
+    if x is not None:
+        # oneDNN is slow where its first factor lies by columns.
+        flat = grad.flatten(2)
+        columns = flat.transpose(0, 1).flatten(1) if flat.stride(2) == 1 else _transposed(rows)
+        grad_weight = _linear(columns, _as_rows(x).t())
+    return grad_x, grad_weight
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -115,36 +128,48 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or weight.dtype != torch.float32
         or (bias is not None and bias.dtype != torch.float32)
         or rows.numel() * len(weight) < FEW
-        or torch.is_grad_enabled()
         or is_autocast(rows)
         or not torch.backends.mkldnn.enabled
+        or _is_watched()
     ):
         return F.linear(rows, weight, bias)
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN reads no strides of it
     return _onednn(rows, weight, bias, "none", [], "")
 
 
+def _is_watched() -> bool:
+    """Whether something that should see torch's own operators traces or counts them."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
+
+
 def laid_out(x: Tensor) -> Tensor:
-    """A map [B, C, H, W] or [B, C, N] as projections want it: channels-last if of few pixels."""
-    if not has_few_pixels(x) or x.movedim(1, -1).is_contiguous():
+    """A map [B, C, H, W] or [B, C, N] as projections beside native CPU kernels want it:
+    channels-last if it has few pixels."""
+    if not has_cpu_ways(x) or not has_few_pixels(x) or _is_in_rows(x):
         return x
-    return _LaidOut.apply(x) if torch.is_grad_enabled() else run_below_autograd(_lay_out, x)
+    if _is_watched():
+        return _in_rows(x)
+    return _InRows.apply(x) if torch.is_grad_enabled() else run_below_autograd(_in_rows, x)
 
 
-class _LaidOut(torch.autograd.Function):
+class _InRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return run_below_autograd(_lay_out, x)
+        return run_below_autograd(_in_rows, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
-def _lay_out(x: Tensor) -> Tensor:
-    flat = x.flatten(2)
-    if flat.stride(2) == 1 and x.dtype in (torch.float32, torch.float64):
-        return _as_map(_ops.transpose(flat), x)
-    return _as_map(flat.transpose(1, 2).contiguous(), x)
+def _is_in_rows(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """A copy of a map in channels-last memory."""
+    return _as_map(_transposed(x.flatten(2)), x)
 
 
 def has_few_pixels(x: Tensor) -> bool:
@@ -164,13 +189,14 @@ def _as_rows(x: Tensor) -> Tensor:
 
 def _as_map(rows: Tensor, like: Tensor) -> Tensor:
     """[B N, C] or [B, N, C] as a map of as many pixels as another has; a view."""
-    return rows.view(len(like), *like.shape[2:], rows.shape[-1]).movedim(-1, 1)
+    return rows.view(like.shape[0], *like.shape[2:], rows.shape[-1]).movedim(-1, 1)
 
 
 def _transposed(x: Tensor) -> Tensor:
-    if x.dtype in (torch.float32, torch.float64):
-        return _ops.transpose(x.unsqueeze(0)).squeeze(0)
-    return x.t().contiguous()
+    """A contiguous copy of [R, C] as [C, R], or of [B, R, C] as [B, C, R]."""
+    if x.dtype not in (torch.float32, torch.float64) or x.stride(-1) != 1 or _is_watched():
+        return x.transpose(-2, -1).contiguous()
+    return _ops.transpose(x) if x.dim() == 3 else _ops.transpose(x.unsqueeze(0)).squeeze(0)
 
 
 @torch.library.register_fake("dat_cuda::transpose")
@@ -182,8 +208,7 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether calling it does nothing but its product: users replace and hook modules."""
     return (
         type(layer) in (nn.Conv2d, nn.Linear)
-        and layer.bias is not None
-        and type(layer.weight) in (Tensor, nn.Parameter)
+        and all(type(t) in (Tensor, nn.Parameter) for t in (layer.weight, layer.bias))
         and not is_hooked(layer)
     )
 

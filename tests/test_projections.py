@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from operator_cases import pairwise, threads
 from test_offsets import laid_out as in_layout
+from torch.utils.flop_counter import FlopCounterMode
 
 from dat_cuda import projections
 from dat_cuda.projections import has_few_pixels, is_channels_last, laid_out, project
@@ -13,7 +14,7 @@ CASES = pairwise(
     dtype=(torch.float64, torch.float32),
     # Products for oneDNN, at 128 channels and more, and smaller ones.
     channels=((3, 5), (40, 17), (128, 144), (192, 130)),
-    size=((1, 1), (7, 7), (9, 13), (10,), (14, 14)),
+    size=((1, 1), (7, 7), (4, 5), (9, 13), (10,), (14, 14)),
     batch=(1, 2, 3),
     layout=("contiguous", "channels_last", "sliced"),
     asks_for_channels_last=(False, True),
@@ -157,6 +158,48 @@ def test_no_images(pixels):
     assert all((g == 0).all() for g in grads)
 
 
+@pytest.mark.parametrize("stride", (0, 2))
+def test_a_bias_with_gaps(stride):
+    layer, x = torch.nn.Conv2d(160, 160, 1), torch.randn(3, 160, 7, 7)
+    layer.bias = torch.nn.Parameter(torch.randn(320).as_strided((160,), (stride,)))
+    with torch.no_grad():
+        torch.testing.assert_close(project(layer, x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", (torch.nn.Conv2d, torch.nn.Linear))
+def test_what_autocast_keeps_has_gradients(kind):
+    layer = kind(160, 160, *([1] if kind is torch.nn.Conv2d else []))
+    x = torch.randn(2, 160, 7, 7)
+    with torch.autocast("cpu"):
+        with torch.no_grad():
+            project(layer, x)
+        project(layer, x).sum().backward()
+    assert layer.weight.grad is not None and layer.bias.grad is not None
+
+
+def test_only_what_the_gradients_need_is_kept():
+    frozen = torch.nn.Conv2d(16, 16, 1).requires_grad_(False)
+    x = torch.randn(2, 16, 2, 2, requires_grad=True) * 1
+    y = project(frozen, x)
+    x += y  # none of the gradients needs it
+    x.sum().backward()
+    layer = torch.nn.Conv2d(16, 16, 1)
+    y = project(layer, torch.randn(2, 16, 2, 2))
+    with torch.no_grad():
+        layer.weight += 1
+    y.sum().backward()
+
+
+def test_what_watches_sees_operators_of_torch():
+    layer, x = torch.nn.Conv2d(160, 160, 1), torch.randn(2, 160, 7, 7)
+    with FlopCounterMode(display=False) as counter:
+        project(layer, x).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 2 * 49 * 160 * 160  # forward, and of the weight
+    layer.requires_grad_(False)
+    traced = torch.jit.trace(lambda x: project(layer, x), x)
+    torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("channels_last", (False, True))
 @pytest.mark.parametrize("pixels", (4, 40))
 def test_results_may_be_changed_in_place(pixels, channels_last):
@@ -216,7 +259,7 @@ def test_wrong_arguments_of_transpose():
     for argument, said in (
         (x[0], r"x must have shape \[B, R, C\]"),
         (x.half(), "x must be float32 or float64, got float16"),
-        (x.transpose(1, 2), "x must have rows without gaps, got stride 4"),
+        (x.transpose(1, 2), "x must have the elements of a row side by side, got stride 4"),
         (torch.empty(1).expand(1, 2**31, 1), "fewer than 2\\^31 rows"),
     ):
         with pytest.raises(RuntimeError, match=said):

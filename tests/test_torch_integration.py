@@ -18,6 +18,7 @@ from operator_cases import (
 
 import dat_cuda
 from dat_cuda import DAttention, deform_attention, deform_sample, reference
+from dat_cuda.models.mlp import TransformerMLP, TransformerMLPWithConv
 
 OPERATORS = torch.ops.dat_cuda
 
@@ -247,14 +248,35 @@ def test_second_derivatives_are_refused(name):
 
 
 @pytest.mark.parametrize("size", (4, 14))  # of few pixels, and of many
-@pytest.mark.parametrize("name", ("proj_out", "proj_q", "conv_offset.3", "rpe_table"))
-def test_second_derivatives_of_modules_are_refused(name, size):
+@pytest.mark.parametrize("first", ("proj_out", "proj_q", "conv_offset.3", "rpe_table"))
+@pytest.mark.parametrize("second", ("proj_v", "proj_out", "rpe_table", "x"))
+def test_second_derivatives_of_modules_are_refused(first, second, size):
     module = DAttention((size, size), (2, 2), 4, 8, 2, 0, 0, 2, 2, True, False, False, False, 3)
-    y = module(torch.randn(1, 32, size, size))[0]
-    weight = module.rpe_table if name == "rpe_table" else module.get_submodule(name).weight
-    (grad,) = torch.autograd.grad(y.sum(), weight, create_graph=True)
+    x = torch.randn(1, 32, size, size, requires_grad=True)
+
+    def tensor(name):
+        if name == "x":
+            return x
+        return module.rpe_table if name == "rpe_table" else module.get_submodule(name).weight
+
+    loss = module(x)[0].sin().sum()
+    (grad,) = torch.autograd.grad(loss, tensor(first), create_graph=True)
     with pytest.raises(RuntimeError, match="dat_cuda has no second derivatives"):
-        (grad.square().sum() + module.proj_v.weight.sum()).backward()
+        torch.autograd.grad(loss + grad.square().sum(), tensor(second))
+
+
+@pytest.mark.parametrize("kind", (TransformerMLP, TransformerMLPWithConv))
+def test_second_derivatives_of_mlps_are_refused(kind):
+    module, x = kind(8, 2), torch.randn(1, 8, 6, 6, requires_grad=True)
+    inputs = {"x": x, **dict(module.named_parameters())}
+    last = [name for name in inputs if "linear2" in name and "bias" in name]
+    for first in inputs.values():
+        loss = module(x).sin().sum()
+        (grad,) = torch.autograd.grad(loss, first, create_graph=True)
+        for name, second in inputs.items():
+            if name not in last:
+                with pytest.raises(RuntimeError, match="dat_cuda has no second derivatives"):
+                    torch.autograd.grad(loss + grad.square().sum(), second, retain_graph=True)
 
 
 @pytest.fixture

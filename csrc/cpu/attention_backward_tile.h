@@ -185,8 +185,7 @@ bool measure_coarse_rows(const AttentionInputs& in, int64_t b, int64_t h, const 
   for (int64_t first = 0; first < in.shape.keys; first += kKeyTile) {
     const int keys = int(std::min<int64_t>(kKeyTile, in.shape.keys - first));
     scores<S>(in, work.head, b, h, tile, first, keys, work.q, work.p, work.top, none);
-    softmax_step(keys, vectors, 0, work.p, static_cast<T*>(nullptr), work.before, work.top,
-                 work.sum);
+    softmax_step(keys, vectors, 0, work.p, work.grad_q, work.before, work.top, work.sum);
   }
   for (int m = 0; m < queries; ++m)
     if (std::abs(work.lse[m]) < kCoarse)

@@ -15,7 +15,7 @@ from dat_cuda.models.mlp import TransformerMLP, TransformerMLPWithConv
 from dat_cuda.models.neighborhood import NeighborhoodAttention2D
 from dat_cuda.models.windows import LocalAttention, ShiftWindowAttention, check_divides
 from dat_cuda.offsets import LayerNormProxy
-from dat_cuda.projections import is_channels_last, project
+from dat_cuda.projections import is_channels_last, laid_out, project
 
 __all__ = [
     "DropPath",
@@ -62,6 +62,7 @@ class PyramidAttention(nn.Module):
             )
 
     def forward(self, x: Tensor) -> tuple[Tensor, None, None]:
+        x = laid_out(x)
         reduced = self.proj_ds(x) if self.sr_ratio > 1 else x
         k, v = project(self.kv, reduced).flatten(2).chunk(2, dim=1)
         dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0

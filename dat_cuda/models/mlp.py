@@ -129,13 +129,13 @@ class _MLP(torch.autograd.Function):
             a = F.gelu(h) if conv is None else torch.ops.aten.gelu_(_convolve(h, conv, conv_bias))
             torch.mm(_flat(a[:, _within(near, rows)]), w2.t(), out=_flat(y[images, rows])).add_(b2)
         if hidden is not None:
-            ctx.save_for_backward(x, hidden, w1, w2, conv, conv_bias)
+            ctx.save_for_backward(x, hidden, w1, b1, w2, conv, conv_bias)
         return y
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, hidden, w1, w2, conv, conv_bias = ctx.saved_tensors
+        x, hidden, w1, _, w2, conv, conv_bias = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = torch.empty_like(x)
         grad_w1, grad_w2, grad_b1 = map(torch.zeros_like, (w1, w2, w1[:, 0]))
