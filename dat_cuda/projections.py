@@ -110,9 +110,7 @@ def _product_of_rows_backward(grad: Tensor, x: Tensor | None, weight: Tensor | N
         grad_x = _as_map(_linear(rows, weight.flatten(1).t()), grad)
     if x is not None:
         # oneDNN is slow where its first factor lies by columns.
-        flat = grad.flatten(2)
-        columns = flat.transpose(0, 1).flatten(1) if flat.stride(2) == 1 else _transposed(rows)
-        grad_weight = _linear(columns, _as_rows(x).t())
+        grad_weight = _linear(_transposed(rows), _as_rows(x).t())
     return grad_x, grad_weight
 
 
