@@ -158,6 +158,15 @@ def test_no_images(pixels):
     assert all((g == 0).all() for g in grads)
 
 
+@pytest.mark.parametrize("batch", (1, 2))
+def test_pixels_between_the_channels_out_and_in(batch):
+    layer, x = torch.nn.Conv2d(40, 17, 1), torch.randn(batch, 40, 1, 20)
+    project(layer, x).sum().backward()  # an expanded gradient
+    torch.testing.assert_close(layer.bias.grad, torch.full((17,), 20.0 * batch))
+    wanted = x.sum((0, 2, 3)).expand(17, -1).view_as(layer.weight)
+    torch.testing.assert_close(layer.weight.grad, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("stride", (0, 2))
 def test_a_bias_with_gaps(stride):
     layer, x = torch.nn.Conv2d(160, 160, 1), torch.randn(3, 160, 7, 7)
