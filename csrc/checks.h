@@ -102,6 +102,14 @@ inline DType feature_dtype(const Tensor& t, const char* name) {
   }
 }
 
+// Of those that the kernels around the operators have, on the CPU alone.
+inline DType full_precision_dtype(const Tensor& t, const char* name) {
+  const DType dtype = feature_dtype(t, name);
+  STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, name,
+                  " must be float32 or float64, got ", dtype_name(t.scalar_type()));
+  return dtype;
+}
+
 inline Version parse_version(const std::string& version) {
   if (version == "dat") return Version::dat;
   STD_TORCH_CHECK(version == "dat++", "version must be 'dat' or 'dat++', got '", version, "'");

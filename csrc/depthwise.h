@@ -23,9 +23,7 @@ inline DepthwiseShape check_depthwise(const Tensor& x, const Tensor& weight, int
   check_shape(weight, "weight", {filters, 1, kernel, kernel}, "[C / G, 1, K, K]");
   STD_TORCH_CHECK(filters >= 1 && x.size(1) % filters == 0, "weight has ", filters,
                   " filters, which must divide the ", x.size(1), " channels of x");
-  const DType dtype = feature_dtype(x, "x");
-  STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, "x must be float32 or float64, got ",
-                  dtype_name(x.scalar_type()));
+  const DType dtype = full_precision_dtype(x, "x");
   check_same_kind(weight, "weight", x, "x");
   STD_TORCH_CHECK(weight.is_contiguous(), "weight must be contiguous");
   check_size(x.size(2), "H of x"), check_size(x.size(3), "W of x"), check_size(kernel, "K");

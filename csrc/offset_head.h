@@ -14,9 +14,7 @@ inline OffsetHeadInputs check_offset_head(const Tensor& features, const Tensor& 
                                           const Tensor& norm_bias, const Tensor& weight,
                                           double eps) {
   check_dims(features, "features", 4, "[images, Hk, Wk, C]");
-  const DType dtype = feature_dtype(features, "features");
-  STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64,
-                  "features must be float32 or float64, got ", dtype_name(features.scalar_type()));
+  const DType dtype = full_precision_dtype(features, "features");
   const int64_t channels = features.size(3);
   check_size(channels, "C of features");
   check_shape(norm_weight, "norm_weight", {channels}, "[C]");

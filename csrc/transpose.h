@@ -12,9 +12,7 @@ namespace dat {
 
 inline Tensor transpose(const Tensor& x) {
   check_dims(x, "x", 3, "[B, R, C]");
-  const DType dtype = feature_dtype(x, "x");
-  STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, "x must be float32 or float64, got ",
-                  dtype_name(x.scalar_type()));
+  const DType dtype = full_precision_dtype(x, "x");
   STD_TORCH_CHECK(x.stride(2) == 1 || x.size(2) == 1,
                   "x must have the elements of a row side by side, got stride ", x.stride(2));
   STD_TORCH_CHECK(std::max(x.size(1), x.size(0) * x.size(2)) <= std::numeric_limits<int>::max(),

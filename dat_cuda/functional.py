@@ -9,8 +9,7 @@ order (y, x).
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from dat_cuda import _C, reference
+
+from ._autograd import no_second_derivative, run_below_autograd
 
 __all__ = ["backend", "deform_attention", "deform_sample"]
 
@@ -59,59 +60,6 @@ def has_cpu_ways(x: Tensor) -> bool:
     """Whether to compute around the operators as native CPU kernels deserve; elsewhere, and in what
     a compiler sees, the plain module is best."""
     return x.device.type == "cpu" and is_native(x) and not torch.compiler.is_compiling()
-
-
-def run_below_autograd(f: Callable, *args: Any) -> Any:
-    """f(*args); in eager mode without gradients to record, past all autograd.
-
-    That of registered operators is Python, and took a fifth of all that a training step spends
-    outside the kernels. And results that are views of what f made are not known as such, so that
-    users may change in place what a Function returns.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return f(*args)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        return f(*args)
-
-
-NO_SECOND_DERIVATIVE = (
-    "dat_cuda has no second derivatives; for those, compute inside "
-    "`with dat_cuda.backend('reference'):`"
-)
-
-
-class _Refusal(torch.autograd.Function):
-    """The first of the tensors as they are, which cannot be differentiated in any of them."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple:
-        return tuple(t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
-
-
-def first_derivative_only(backward: Callable) -> Callable:
-    """The backward of an autograd.Function whose results refuse to be differentiated in what comes
-    in and what is saved, which must be all of the inputs that they depend on.
-
-    torch's once_differentiable lets them pass as constants where autograd is asked for some inputs
-    only, or where the gradient that comes in is a constant itself.
-    """
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Tensor | None) -> tuple:
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return results
-        made = [t for t in results if t is not None]
-        causes = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
-        refused = iter(_Refusal.apply(len(made), *made, *causes))
-        return tuple(t if t is None else next(refused) for t in results)
-
-    return wrapper
 
 
 def _accumulation_dtype(features: Tensor) -> torch.dtype:
@@ -361,11 +309,7 @@ class _Operator(torch.autograd.Function):
         name = f"dat_cuda::{cls.operator}"
         torch.library.register_autograd(name, cls.backward, setup_context=cls.save)
         backward_name = name.replace("_forward", "_backward")
-        torch.library.register_autograd(backward_name, _no_second_derivative)
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(NO_SECOND_DERIVATIVE)
+        torch.library.register_autograd(backward_name, no_second_derivative)
 
 
 class _Sample(_Operator):

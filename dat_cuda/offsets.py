@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import first_derivative_only, is_autocast
+from ._autograd import first_derivative_only
+from .functional import is_autocast
 from .projections import is_hooked
 
 _ops = torch.ops.dat_cuda

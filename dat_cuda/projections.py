@@ -13,12 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import (
-    first_derivative_only,
-    has_cpu_ways,
-    is_autocast,
-    run_below_autograd,
-)
+from ._autograd import first_derivative_only, run_below_autograd
+from .functional import has_cpu_ways, is_autocast
 
 _ops = torch.ops.dat_cuda
 _onednn = (

@@ -72,7 +72,7 @@ __attribute__((noinline)) void dense_bias(bool accumulate, const S* head, const 
     const int64_t padded = round_up<T>(tile.queries());
     for (int n = 0; n < keys; ++n)
       for (T *at = s + n * kLd<T>, *end = at + padded; at < end; at += kLanes<T>)
-        store(at, as_exponents<T>(load(at)));
+        store(at, as_exponent<Vec<T>, T>(load(at)));
     return;
   }
   for (int r = 0; r < tile.rows; ++r)

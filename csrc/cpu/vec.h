@@ -113,15 +113,6 @@ DAT_INLINE Vec<T> exp2(Vec<T> x) {
   return exp2_fraction<T>(x - (rounded - kMagic)) * (Vec<T>)power;
 }
 
-// as_exponent of all lanes.
-template <class T>
-DAT_INLINE Vec<T> as_exponents(Vec<T> score) {
-  const Vec<T> most = splat(std::numeric_limits<T>::max());
-  const Vec<T> exponent = score * T(kLog2e);
-  const Vec<T> bounded = exponent > most ? most : exponent < -most ? -most : exponent;
-  return absolute<T>(score) <= most ? bounded : exponent;
-}
-
 // log2(x) for normal x > 0; NaN stays NaN, 0 and infinity do not matter here.
 template <class T>
 DAT_INLINE Vec<T> log2(Vec<T> x) {

@@ -40,14 +40,14 @@ DAT_HD V log2_ratio(V z) {
   return z * sum * T(2 * kLog2e);
 }
 
-// A score in natural units as an exponent of 2; finite ones stay finite.
-template <class T>
-DAT_HD T as_exponent(T score) {
-  const T most = sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308);
-  const T exponent = score * T(kLog2e);
-  if (exponent > most && score <= most) return most;
-  if (exponent < -most && score >= -most) return -most;
-  return exponent;
+// A score in natural units as an exponent of 2, for scalars and vectors V of T; finite ones stay
+// finite.
+template <class V, class T = V>
+DAT_HD V as_exponent(V score) {
+  const V most = V{} + (sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308));
+  const V exponent = score * T(kLog2e);
+  const V bounded = exponent > most ? most : exponent < -most ? -most : exponent;
+  return (score <= most) & (score >= -most) ? bounded : exponent;
 }
 
 // Gradient of a score (in natural units) from its probability, the gradient that reaches the

@@ -10,13 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from dat_cuda.functional import (
-    backend_name,
-    deform_attention,
-    first_derivative_only,
-    has_cpu_ways,
-    is_native,
-)
+from dat_cuda._autograd import first_derivative_only
+from dat_cuda.functional import backend_name, deform_attention, has_cpu_ways, is_native
 
 _ops = torch.ops.dat_cuda
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dat_cuda.functional import first_derivative_only, has_cpu_ways, is_autocast
+from dat_cuda._autograd import first_derivative_only
+from dat_cuda.functional import has_cpu_ways, is_autocast
 from dat_cuda.projections import is_plain
 
 PIECE = 2**23  # bytes of hidden values
